@@ -1,0 +1,230 @@
+package ota
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// BootOptions configure [Boot]. The zero value is safe.
+type BootOptions struct {
+	// Order says which slots to try if no boot state can be read; nil means
+	// the read-only slots first, then the others, by number.
+	Order []SlotID
+	// Check is asked about a slot after its digests have matched, to check
+	// whatever the image format itself provides. An error counts as a failed
+	// verification. It may be nil.
+	Check func(ctx context.Context, id SlotID) error
+	// BufferSize is the size of a read buffer; 0 means 256 KiB.
+	BufferSize int
+}
+
+// Handover is the decision of [Boot].
+type Handover struct {
+	// Slot is to be started.
+	Slot SlotID
+	// State is the boot state at the handover.
+	State BootState
+	// FirstBoot says that this is the first boot of a firmware on trial.
+	FirstBoot bool
+	// Verified says that the slot was held against known digests. It is false
+	// only for firmware that was never measured: what the device came with,
+	// or after the boot state was lost.
+	Verified bool
+	// Problem is what went wrong without preventing the boot, or nil.
+	Problem error
+}
+
+// Boot decides which slot to start. It is for the boot stage of a device whose
+// boot loader is written in Go (an initramfs, a kexec loader, a bare-metal
+// loader), and is called once, before anything of a slot runs:
+//
+//  1. The boot state is loaded and healed.
+//  2. A committed firmware is verified and started; if it is damaged, another
+//     one that was committed before and is not below the security floor.
+//  3. A firmware on trial is verified, one of its boots is used up, durably,
+//     and it is started.
+//  4. If there is no boot left, or it does not verify, the device goes back to
+//     the revert slot, durably.
+//
+// If no boot state was ever stored the first slot of the order is started as it
+// is. If the state was lost, the slots of the order are tried in turn until one
+// is committed. If the boot state cannot be written the revert slot is started
+// all the same, never a trial. The error wraps ErrNotBootable if no slot may be
+// started; that is the moment for a recovery system.
+func Boot(ctx context.Context, b Bootloader, slots []Slot, o *BootOptions) (Handover, error) {
+	if o == nil {
+		o = &BootOptions{}
+	}
+	h, err := boot(ctx, b, slots, o)
+	return h, opErr("boot", NoSlot, err)
+}
+
+func boot(ctx context.Context, b Bootloader, slots []Slot, o *BootOptions) (Handover, error) {
+	if err := checkSlots(slots); err != nil {
+		return Handover{}, err
+	}
+	order, err := bootOrder(slots, o.Order)
+	if err != nil {
+		return Handover{}, err
+	}
+	p := &booter{b: b, slots: slots, check: o.Check, in: newInstaller(o.BufferSize, nil)}
+	s, err := loadHealed(ctx, b)
+	switch {
+	case errors.Is(err, ErrNoBootState):
+		s = BootState{Active: order[0], Committed: true, Revert: NoSlot}
+	case errors.Is(err, ErrBadBootState):
+		s = lostState(order[0], order[1], 1)
+	case err != nil:
+		return Handover{}, err
+	default:
+		if err := checkState(s, slots); err != nil {
+			return Handover{}, err
+		}
+	}
+	return p.decide(ctx, s)
+}
+
+// bootOrder returns the order in which slots are tried without a boot state.
+func bootOrder(slots []Slot, order []SlotID) ([]SlotID, error) {
+	if order != nil {
+		for _, id := range order {
+			if id < 0 || int(id) >= len(slots) {
+				return nil, &Error{Slot: id, Off: -1, Err: ErrUnknownSlot}
+			}
+		}
+		if len(order) < 2 || order[0] == order[1] {
+			return nil, fmt.Errorf("boot order: need two different slots: %w", ErrInvalid)
+		}
+		return order, nil
+	}
+	for _, readOnly := range []bool{true, false} {
+		for i := range slots {
+			if slots[i].ReadOnly == readOnly {
+				order = append(order, SlotID(i))
+			}
+		}
+	}
+	return order, nil
+}
+
+// booter carries out the boot step.
+type booter struct {
+	b        Bootloader
+	slots    []Slot
+	check    func(context.Context, SlotID) error
+	in       *installer
+	problems []error
+}
+
+// decide acts on s, which every copy of the boot record holds.
+func (p *booter) decide(ctx context.Context, s BootState) (Handover, error) {
+	// A lost state may turn to the other slot and back; nothing else repeats.
+	for range 3 {
+		if s.Committed {
+			return p.committed(ctx, s)
+		}
+		why, message := ReasonReset, ""
+		if s.Tries > 0 {
+			verified, err := p.verify(ctx, s, s.Active, s.lost())
+			if err == nil {
+				return p.try(ctx, s, verified)
+			}
+			if ctx.Err() != nil {
+				return Handover{}, ctx.Err()
+			}
+			p.note(err)
+			why, message = ReasonVerify, err.Error()
+		}
+		if s.Revert == NoSlot {
+			return Handover{}, p.notBootable()
+		}
+		s = s.reverted(why, message, true)
+		if err := storeState(ctx, p.b, s); err != nil {
+			p.note(err) // the next boot comes to the same decision
+		}
+	}
+	return Handover{}, p.notBootable()
+}
+
+// try uses up one boot of the trial in s and starts it.
+func (p *booter) try(ctx context.Context, s BootState, verified bool) (Handover, error) {
+	next := s.Clone()
+	next.Tries--
+	next.Booted = true
+	err := storeState(ctx, p.b, next)
+	if err == nil || s.lost() {
+		p.note(err)
+		return p.start(next, s.Active, !s.Booted, verified), nil
+	}
+	// A boot that cannot be counted must not be made.
+	p.note(err)
+	if s.Revert == NoSlot {
+		return Handover{}, p.notBootable()
+	}
+	h, err := p.committed(ctx, s.reverted(ReasonNone, "", false))
+	h.State = s
+	return h, err
+}
+
+// committed starts the active slot of s, or what can take its place.
+func (p *booter) committed(ctx context.Context, s BootState) (Handover, error) {
+	verified, err := p.verify(ctx, s, s.Active, true)
+	if err == nil {
+		return p.start(s, s.Active, false, verified), nil
+	}
+	for i := range p.slots {
+		if ctx.Err() != nil {
+			return Handover{}, ctx.Err()
+		}
+		id := SlotID(i)
+		st := s.Slot(id)
+		if id == s.Active || !st.Approved || st.Rejected || st.Security < s.Floor {
+			continue
+		}
+		if _, ferr := p.verify(ctx, s, id, false); ferr != nil {
+			p.note(ferr)
+			continue
+		}
+		p.note(err)
+		s.Revert = id
+		s = s.reverted(ReasonVerify, err.Error(), true)
+		p.note(storeState(ctx, p.b, s))
+		return p.start(s, id, false, true), nil
+	}
+	p.note(err)
+	return Handover{}, p.notBootable()
+}
+
+// verify checks slot id against its digests, and reports whether there were
+// any. unknown allows that there are none.
+func (p *booter) verify(ctx context.Context, s BootState, id SlotID, unknown bool) (verified bool, err error) {
+	st := s.Slot(id)
+	switch {
+	case len(st.Parts) == 0 && unknown:
+	case st.Security < s.Floor && !s.Committed:
+		err = ErrRollback
+	default:
+		verified = true
+		err = p.in.verifySlot(ctx, &p.slots[id], &st)
+	}
+	if err == nil && p.check != nil {
+		err = p.check(ctx, id)
+	}
+	return verified, opErr("", id, err)
+}
+
+func (p *booter) start(s BootState, id SlotID, first, verified bool) Handover {
+	return Handover{Slot: id, State: s, FirstBoot: first, Verified: verified, Problem: errors.Join(p.problems...)}
+}
+
+// note remembers what went wrong.
+func (p *booter) note(err error) {
+	if err != nil {
+		p.problems = append(p.problems, err)
+	}
+}
+
+func (p *booter) notBootable() error {
+	return fmt.Errorf("%w: %w", ErrNotBootable, errors.Join(p.problems...))
+}

@@ -1,0 +1,188 @@
+package ota
+
+import (
+	"errors"
+	"fmt"
+	"io"
+)
+
+// Flash is a region of storage: one part of a slot, or the place of a boot
+// record. Implementations live under flash/; [github.com/slotota/ota/flashtest]
+// checks any of them.
+//
+// ReadAt is safe for concurrent use, also beside a WriteAt to other bytes. A
+// WriteAt may be torn or lost by a power cut until Sync has returned nil. After
+// a failed Sync nothing written since the last good one is known to be on the
+// medium. Every method reports failures; none may retry without bound.
+//
+// A region that must be erased before it is written also implements [Eraser].
+type Flash interface {
+	io.ReaderAt
+	io.WriterAt
+	// Size is the length of the region in bytes; it never changes.
+	Size() int64
+	// Sync makes everything written and erased so far durable.
+	Sync() error
+}
+
+// Eraser is an optional interface of a [Flash] whose bytes must be erased
+// before they are written (NOR, NAND). Each write unit is then written at most
+// once between two erasures.
+type Eraser interface {
+	// EraseSize is the size of one erase unit in bytes. Media with units of
+	// several sizes return the largest and implement [UnitEraser] too.
+	EraseSize() int64
+	// Erase erases [off, off+n), which must begin and end on unit boundaries.
+	// Erased bytes read as ErasedByte. Like a write, it is durable after Sync.
+	Erase(off, n int64) error
+}
+
+// UnitEraser is an optional interface of an [Eraser] with erase units of
+// different sizes, or with a short last one.
+type UnitEraser interface {
+	// EraseUnit returns start and length of the erase unit that holds off.
+	EraseUnit(off int64) (start, n int64)
+}
+
+// WriteSizer is an optional interface of a [Flash] that can only be written in
+// aligned units, each written whole: WriteAt then gets offsets and lengths that
+// are multiples of WriteSize (the program unit of NOR and NAND).
+type WriteSizer interface {
+	WriteSize() int64
+}
+
+// ErasedByter is an optional interface of an [Eraser] whose erased bytes are
+// not 0xFF.
+type ErasedByter interface {
+	ErasedByte() byte
+}
+
+// EraseUnit returns start and length of the erase unit of f that holds off. It
+// returns n = 0 if f needs no erasing.
+func EraseUnit(f Flash, off int64) (start, n int64) {
+	if u, ok := f.(UnitEraser); ok {
+		return u.EraseUnit(off)
+	}
+	e, ok := f.(Eraser)
+	if !ok {
+		return 0, 0
+	}
+	n = e.EraseSize()
+	start = off - off%n
+	return start, min(n, f.Size()-start)
+}
+
+// WriteSize returns the alignment and smallest length of a write to f, at
+// least 1.
+func WriteSize(f Flash) int64 {
+	if w, ok := f.(WriteSizer); ok {
+		return max(1, w.WriteSize())
+	}
+	return 1
+}
+
+// ErasedByte returns the value of an erased byte of f: 0xFF unless f says
+// otherwise.
+func ErasedByte(f Flash) byte {
+	if e, ok := f.(ErasedByter); ok {
+		return e.ErasedByte()
+	}
+	return 0xff
+}
+
+// Region returns the n bytes of f from off on as a [Flash] of its own. On media
+// with erase units the region must begin and end on unit boundaries.
+// Operations on different regions of one Flash are as concurrent as f allows.
+func Region(f Flash, off, n int64) (Flash, error) {
+	if off < 0 || n < 0 || off > f.Size() || n > f.Size()-off {
+		return nil, fmt.Errorf("ota: region of %d bytes at %d: outside of a flash of %d bytes: %w", n, off, f.Size(), ErrInvalid)
+	}
+	r := region{f: f, off: off, n: n}
+	e, ok := f.(Eraser)
+	if !ok {
+		return &r, nil
+	}
+	if n > 0 {
+		if start, _ := EraseUnit(f, off); start != off {
+			return nil, fmt.Errorf("ota: region at %d: inside the erase unit at %d: %w", off, start, ErrInvalid)
+		}
+		if start, size := EraseUnit(f, off+n-1); start+size != off+n {
+			return nil, fmt.Errorf("ota: region ends at %d: inside the erase unit at %d: %w", off+n, start, ErrInvalid)
+		}
+	}
+	return &eraseRegion{region: r, e: e}, nil
+}
+
+type region struct {
+	f      Flash
+	off, n int64
+}
+
+func (r *region) Size() int64      { return r.n }
+func (r *region) Sync() error      { return r.f.Sync() }
+func (r *region) WriteSize() int64 { return WriteSize(r.f) }
+
+func (r *region) ReadAt(p []byte, off int64) (int, error) {
+	if off < 0 {
+		return 0, fmt.Errorf("ota: read at %d: %w", off, ErrInvalid)
+	}
+	if off >= r.n {
+		return 0, io.EOF
+	}
+	if rest := r.n - off; int64(len(p)) > rest {
+		n, err := r.f.ReadAt(p[:rest], r.off+off)
+		if err == nil {
+			err = io.EOF
+		}
+		return n, err
+	}
+	return r.f.ReadAt(p, r.off+off)
+}
+
+func (r *region) WriteAt(p []byte, off int64) (int, error) {
+	if off < 0 || off > r.n || int64(len(p)) > r.n-off {
+		return 0, fmt.Errorf("ota: write of %d bytes at %d: outside of a region of %d bytes: %w", len(p), off, r.n, ErrTooLarge)
+	}
+	return r.f.WriteAt(p, r.off+off)
+}
+
+type eraseRegion struct {
+	region
+	e Eraser
+}
+
+func (r *eraseRegion) EraseSize() int64 { return r.e.EraseSize() }
+func (r *eraseRegion) ErasedByte() byte { return ErasedByte(r.f) }
+
+func (r *eraseRegion) EraseUnit(off int64) (start, n int64) {
+	start, n = EraseUnit(r.f, r.off+off)
+	return start - r.off, n
+}
+
+func (r *eraseRegion) Erase(off, n int64) error {
+	if off < 0 || n < 0 || off > r.n || n > r.n-off {
+		return fmt.Errorf("ota: erase of %d bytes at %d: outside of a region of %d bytes: %w", n, off, r.n, ErrTooLarge)
+	}
+	return r.e.Erase(r.off+off, n)
+}
+
+// readFull reads len(p) bytes at off. A short read without an error is one.
+func readFull(f io.ReaderAt, p []byte, off int64) error {
+	n, err := f.ReadAt(p, off)
+	if n == len(p) {
+		return nil
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// writeFull writes p at off. A short write without an error is one.
+func writeFull(f io.WriterAt, p []byte, off int64) error {
+	n, err := f.WriteAt(p, off)
+	if err == nil && n != len(p) {
+		err = io.ErrShortWrite
+	}
+	return err
+}

@@ -1,0 +1,68 @@
+package ota
+
+import (
+	"context"
+	"io"
+)
+
+// Image is a firmware to be installed: a description, then the data of its
+// parts, read once and in order. *bundle.Reader is one.
+type Image interface {
+	// Info describes the image. Everything in it was authenticated by the
+	// time the Image was made.
+	Info() ImageInfo
+	// Next returns the next part that has data, or io.EOF after the last one,
+	// when the whole image has been read and found well-formed. It may be
+	// called before the data of the previous part was read to its end. Next
+	// and the readers it returns give up when ctx is done.
+	Next(ctx context.Context) (*ImagePart, error)
+}
+
+// ImageInfo describes an image.
+type ImageInfo struct {
+	Name     string // product, as in the manifest
+	Platform string // hardware, compared for equality
+	Version  string // for people; says nothing about order
+	BuildID  string // tells builds of the same version apart
+	// Security is the security version: a number that grows when older
+	// firmware must not be installed any more.
+	Security uint64
+	// Parts lists every part that the image holds, in no particular order.
+	Parts []PartInfo
+	// SignedBy names the keys whose signatures were verified.
+	SignedBy []string
+	// Unsigned says that whoever opened the image allowed it, by name, to be
+	// unauthenticated. An image that neither is signed nor says so is refused.
+	Unsigned bool
+	// Size is the number of bytes of the whole image file, 0 if not known.
+	Size int64
+}
+
+// PartInfo describes a part of an image.
+type PartInfo struct {
+	Name string
+	// Size is the number of bytes that are installed.
+	Size int64
+	// SHA256 is the digest of those bytes, or nil in images of old formats
+	// that carry none.
+	SHA256 *[32]byte
+}
+
+// ImagePart is a part of an image with its data.
+type ImagePart struct {
+	PartInfo
+	// Data yields Size bytes and then io.EOF. [Device.Update] checks the
+	// length and SHA256 itself; the final read reports whatever the format
+	// checks beside them.
+	Data io.Reader
+}
+
+// part returns the description of the named part, or nil.
+func (i *ImageInfo) part(name string) *PartInfo {
+	for k := range i.Parts {
+		if i.Parts[k].Name == name {
+			return &i.Parts[k]
+		}
+	}
+	return nil
+}
