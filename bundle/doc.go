@@ -1,0 +1,37 @@
+// Package bundle reads, verifies, writes and signs firmware bundles: the
+// fw.zip files of Mongoose OS, zip archives of a manifest.json and the files
+// of the parts.
+//
+// A bundle is read as a stream and becomes an [ota.Image]. Memory is bounded,
+// whatever the bundle holds and however long it is: the manifest of at most 64
+// KiB in parsed form, the headers of at most 65 entries, and 36 KiB of buffers.
+//
+//	policy := &bundle.Policy{Keys: []*ecdsa.PublicKey{key}}
+//	image, err := policy.Open(ctx, body)
+//	if err != nil {
+//		return err
+//	}
+//	_, err = device.Update(ctx, image, nil)
+//
+// # What is accepted
+//
+// An archive that has exactly one meaning. Its bytes are, without anything
+// between, before or after them: the entries, of which manifest.json is the
+// first; the directory, with the same entries in the same order and the same
+// fields; the end record. Entries are stored, not compressed, and say how long
+// they are. Their names are plain, optionally in one directory that is the
+// same for all. Every entry is the file of exactly one part of the manifest
+// and every part has its file. Comments, extra fields other than 0x293a of the
+// manifest, zip64 and encryption are refused.
+//
+// That is what the build system and the bundle tool of Mongoose OS make, and
+// what its devices install. An archive that was unpacked and zipped again
+// usually is refused, with a message that says so.
+//
+// # Signatures
+//
+// ECDSA P-256 over the SHA-256 of the exact bytes of manifest.json, base64 of
+// ASN.1 DER, as members sig0 to sig7 of a JSON object in extra field 0x293a
+// (mongoose-os/mos, common/fwbundle). The manifest in turn has the SHA-256 of
+// every file. A [Policy] says which signatures are needed.
+package bundle

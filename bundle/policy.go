@@ -1,0 +1,297 @@
+package bundle
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"math/bits"
+	"slices"
+
+	"github.com/slotota/ota"
+	"github.com/slotota/ota/internal/strictjson"
+)
+
+// MaxKeys is the number of signatures that a bundle has room for.
+const MaxKeys = 8
+
+// Policy says which bundles are accepted. The zero value and nil accept none. It must
+// not be changed while it is in use, and may then be used concurrently.
+type Policy struct {
+	// Keys are the P-256 public keys that bundles are signed with. A key
+	// verifies the signature that has its index only, as update.key0 to
+	// update.key7 of Mongoose OS do; nil leaves an index out.
+	Keys []*ecdsa.PublicKey
+	// Required is a bit mask of indices whose signatures must all be valid
+	// (update.sig_req_mask of Mongoose OS).
+	Required uint8
+	// Threshold is how many different keys must have valid signatures. If it
+	// and Required are 0, all Keys must have.
+	Threshold int
+
+	// AllowUnsigned accepts bundles that have none of the signatures above,
+	// or too few of them. One that is present and wrong is refused even then.
+	AllowUnsigned bool
+	// AllowSHA1 accepts, in unsigned bundles only, parts whose digest is a
+	// SHA-1, as in bundles made before 2020. It needs AllowUnsigned.
+	AllowSHA1 bool
+	// AllowTestKeys accepts keys whose private halves are public knowledge.
+	AllowTestKeys bool
+
+	// MaxManifest bounds the manifest, in bytes; 0 means 64 KiB, which is also
+	// the most.
+	MaxManifest int
+	// MaxSize bounds the content of all parts together, in bytes; 0 means no
+	// bound but that of the format, nearly 4 GiB.
+	MaxSize int64
+}
+
+const maxManifest = 64 << 10
+
+// Open reads the beginning of the bundle r, to the end of its manifest, and
+// checks all that can be known by then: the signatures, then the manifest and
+// its digests. Nothing needs to be erased for a bundle that fails here.
+//
+// Errors are of type [*Error]. They wrap [ErrPolicy] if p itself is unusable,
+// in which case nothing is read. r is read by the Reader from then on, and is
+// never read concurrently. An r whose Read blocks delays the effect of ctx.
+func (p *Policy) Open(ctx context.Context, r io.Reader) (*Reader, error) {
+	if p == nil {
+		p = &Policy{}
+	}
+	if err := p.check(); err != nil {
+		return nil, &Error{Off: -1, Err: err}
+	}
+	return open(ctx, r, p)
+}
+
+// Image is Open for callers that need no more than an [ota.Image].
+func (p *Policy) Image(ctx context.Context, r io.Reader) (ota.Image, error) {
+	b, err := p.Open(ctx, r)
+	if err != nil {
+		return nil, err // not a nil *Reader inside of an interface
+	}
+	return b, nil
+}
+
+// Verify reads the whole bundle r and checks all of it, including the SHA-256
+// of every part. The Reader it returns has no parts left to read, and serves
+// to say what was found.
+func (p *Policy) Verify(ctx context.Context, r io.Reader) (*Reader, error) {
+	b, err := p.Open(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		switch _, err := b.Next(ctx); err {
+		case nil:
+		case io.EOF:
+			return b, nil
+		default:
+			return nil, err
+		}
+	}
+}
+
+// check refuses policies that contradict themselves.
+func (p *Policy) check() error {
+	if len(p.Keys) > MaxKeys {
+		return because(ErrPolicy, "more than %d keys", MaxKeys)
+	}
+	all, distinct := uint8(0), map[string]bool{}
+	for i, k := range p.Keys {
+		if k == nil {
+			continue
+		}
+		der, err := marshalKey(k)
+		if err != nil {
+			return because(ErrPolicy, "key %d: %w", i, err)
+		}
+		if !p.AllowTestKeys && slices.Contains(testKeys, keyID(der)) {
+			return because(ErrPolicy, "key %d: its private half is published; it is for tests only", i)
+		}
+		all |= 1 << i
+		distinct[string(der)] = true
+	}
+	need := p.need(all)
+	mine := map[string]bool{}
+	for i, k := range p.Keys {
+		if need&(1<<i) != 0 && k != nil {
+			der, _ := marshalKey(k)
+			mine[string(der)] = true
+		}
+	}
+	switch {
+	case all == 0 && !p.AllowUnsigned:
+		return because(ErrPolicy, "no keys, and unsigned bundles are not allowed")
+	case need&^all != 0:
+		return because(ErrPolicy, "a signature is required that there is no key for")
+	case len(mine) != bits.OnesCount8(need):
+		return because(ErrPolicy, "the same key is required twice")
+	case p.Threshold < 0 || p.Threshold > len(distinct):
+		return because(ErrPolicy, "a threshold of %d with %d different keys", p.Threshold, len(distinct))
+	case p.AllowSHA1 && !p.AllowUnsigned:
+		return because(ErrPolicy, "SHA-1 is for unsigned bundles, which are not allowed")
+	case p.MaxManifest < 0 || p.MaxManifest > maxManifest || p.MaxSize < 0:
+		return because(ErrPolicy, "a limit is out of range")
+	}
+	return nil
+}
+
+// need returns the mask of required signatures, given that of all keys.
+func (p *Policy) need(all uint8) uint8 {
+	if p.Required == 0 && p.Threshold == 0 {
+		return all
+	}
+	return p.Required
+}
+
+// verify checks the signatures of a manifest. It returns the names of the
+// signers, none if the bundle passes as unsigned.
+func (p *Policy) verify(manifest []byte, sigs *[MaxKeys]string) (signers []string, err error) {
+	sum := sha256.Sum256(manifest)
+	var all, good uint8
+	distinct := map[string]bool{}
+	var bad error
+	for i, k := range p.Keys {
+		if k == nil {
+			continue
+		}
+		all |= 1 << i
+		if sigs[i] == "" {
+			continue
+		}
+		der, err := base64.StdEncoding.Strict().DecodeString(sigs[i])
+		if err != nil || !ecdsa.VerifyASN1(k, sum[:], der) {
+			bad = because(ErrSignature, "sig%d", i)
+			continue
+		}
+		spki, err := marshalKey(k)
+		if err != nil {
+			return nil, because(ErrPolicy, "key %d: %w", i, err)
+		}
+		good |= 1 << i
+		distinct[string(spki)] = true
+		signers = append(signers, fmt.Sprintf("sig%d %.16s", i, keyID(spki)))
+	}
+	need := p.need(all)
+	switch {
+	case all != 0 && good != 0 && good&need == need && len(distinct) >= p.Threshold:
+		return signers, nil
+	case bad != nil:
+		return nil, bad
+	case p.AllowUnsigned:
+		return nil, nil
+	}
+	return nil, because(ErrUnsigned, "required %#02x and at least %d keys, valid %#02x", need, max(p.Threshold, 1), good)
+}
+
+// extraID marks the extra field that carries signatures.
+const extraID = 0x293a
+
+// parseExtra reads the content of that field: a JSON object.
+func parseExtra(b []byte, sigs *[MaxKeys]string) (attrs []strictjson.Member, err error) {
+	if err := strictjson.Check(b); err != nil {
+		return nil, because(ErrFormat, "extra field: %w", err)
+	}
+	ms, err := strictjson.Members(b)
+	if err != nil {
+		return nil, because(ErrFormat, "extra field: %w", err)
+	}
+	for _, m := range ms {
+		i := slices.Index(sigNames, m.Name)
+		if i < 0 {
+			if err := variant(m.Name, sigNames); err != nil {
+				return nil, because(ErrFormat, "extra field: %w", err)
+			}
+			attrs = append(attrs, m)
+			continue
+		}
+		if sigs[i], err = strictjson.String(m.Value); err == nil && sigs[i] == "" {
+			err = errors.New("empty")
+		}
+		if err != nil {
+			return nil, because(ErrSignature, "sig%d: %w", i, err)
+		}
+	}
+	return attrs, nil
+}
+
+var sigNames = []string{"sig0", "sig1", "sig2", "sig3", "sig4", "sig5", "sig6", "sig7"}
+
+// testKeys are the digests of keys published with their private halves.
+var testKeys = []string{
+	"5e9f7fe4685bc5c19c58ded22bec56a62dd6dffd3ff24a9f24ee604ae3cd9403", // testdata/k0.pub.pem
+	"970ec7234fc26df0bc636f4e464407db3644c54643497bf521883ce02e69f99a", // testdata/k2.pub.pem
+}
+
+// spkiP256 precedes the uncompressed point in a SubjectPublicKeyInfo of a
+// P-256 key (RFC 5480, section 2).
+var spkiP256 = []byte{
+	0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01,
+	0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
+}
+
+// marshalKey returns the DER SubjectPublicKeyInfo of a P-256 key.
+func marshalKey(k *ecdsa.PublicKey) ([]byte, error) {
+	if k.Curve != elliptic.P256() || k.X == nil || k.Y == nil {
+		return nil, errors.New("not a P-256 key")
+	}
+	point, err := k.Bytes()
+	if err != nil {
+		return nil, err
+	}
+	return slices.Concat(spkiP256, point), nil
+}
+
+func keyID(der []byte) string {
+	sum := sha256.Sum256(der)
+	return hex.EncodeToString(sum[:])
+}
+
+// KeyID returns the SHA-256 of the DER SubjectPublicKeyInfo of a P-256 key in
+// hexadecimal digits. [ota.ImageInfo].SignedBy has the first 16 of them.
+func KeyID(k *ecdsa.PublicKey) (string, error) {
+	if k == nil {
+		return "", because(ota.ErrInvalid, "no key")
+	}
+	der, err := marshalKey(k)
+	if err != nil {
+		return "", because(ota.ErrInvalid, "%w", err)
+	}
+	return keyID(der), nil
+}
+
+// ParseKey reads a P-256 public key: a PEM block "PUBLIC KEY", or what
+// update.key0 of Mongoose OS holds, the base64 form of the DER
+// SubjectPublicKeyInfo. Errors wrap [ota.ErrInvalid].
+func ParseKey(b []byte) (*ecdsa.PublicKey, error) {
+	var der []byte
+	if block, rest := pem.Decode(b); block != nil {
+		if block.Type != "PUBLIC KEY" || len(bytes.TrimSpace(rest)) > 0 {
+			return nil, because(ota.ErrInvalid, "not a single PEM block of a public key")
+		}
+		der = block.Bytes
+	} else {
+		var err error
+		if der, err = base64.StdEncoding.Strict().DecodeString(string(bytes.TrimSpace(b))); err != nil {
+			return nil, because(ota.ErrInvalid, "neither PEM nor base64")
+		}
+	}
+	point, ok := bytes.CutPrefix(der, spkiP256)
+	if !ok {
+		return nil, because(ota.ErrInvalid, "not a P-256 public key")
+	}
+	k, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), point)
+	if err != nil {
+		return nil, because(ota.ErrInvalid, "%w", err)
+	}
+	return k, nil
+}
