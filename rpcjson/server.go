@@ -1,0 +1,690 @@
+// Package rpcjson serves the remote procedure calls of a device: the OTA
+// methods of Mongoose OS and what a client needs beside them, as mg-rpc frames
+// over any transport and as HTTP. The genuine client, mos, understands it.
+//
+//	srv, err := rpcjson.New(dev, rpcjson.Options{
+//		ID:         "esp32_123456",
+//		Info:       rpcjson.Info{App: "demo", Version: "1.0", BuildID: "…", Platform: "esp32"},
+//		Open:       openBundle, // reads and verifies a firmware file
+//		Authorizer: tokens,     // decides who may call what
+//	})
+//	…
+//	http.Handle("/rpc", srv)
+//	http.Handle("/rpc/", srv)
+//
+// The parts, from the bottom up: a codec for frames, [Server.Serve], which takes
+// a frame from any transport and hands back the reply, and the http.Handler.
+//
+// Built in are RPC.List, RPC.Describe and RPC.Ping, Sys.GetInfo, Sys.GetUID and
+// Sys.Reboot, OTA.Update (the device pulls), OTA.Begin, OTA.Write and OTA.End (the
+// client pushes), OTA.Status, OTA.Commit, OTA.Revert, OTA.CreateSnapshot,
+// OTA.GetBootState and OTA.SetBootState. OTA.Commit also takes the argument trial,
+// for devices that demand it (see [ota.Options]). [Server.Handle] adds methods.
+//
+// An update goes on when its caller leaves, and OTA.Status tells how it ended. The
+// reboot comes 500 ms after the reply to an update, 300 ms after that to
+// OTA.Revert, and anyway if nobody takes the reply. In the last 100 ms before it
+// calls are refused with code 418.
+//
+// Formats, codes and texts follow mongoose-os-libs/rpc-common (src/mg_rpc.c,
+// src/mgos_rpc.c) and mongoose-os-libs/rpc-service-ota. Differences, all on
+// purpose: no wildcard CORS header; requests that a web page could have caused
+// are refused; arguments of a wrong type are refused instead of ignored; nearly
+// every error has a message.
+package rpcjson
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/slotota/ota"
+)
+
+// ErrClosed says that the server has been closed.
+var ErrClosed = errors.New("rpcjson: server closed")
+
+// Authorizer errors. One that wraps neither, and is no *[Error], is answered with
+// code 500 and also denies.
+var (
+	ErrUnauthenticated = errors.New("rpcjson: no valid credentials") // code 401
+	ErrForbidden       = errors.New("rpcjson: not allowed")          // code 403
+)
+
+// Right is what a caller must be allowed to do to call a method.
+type Right uint8
+
+// The rights. None includes another.
+const (
+	Read    Right = iota + 1 // look: OTA.GetBootState, OTA.Status, RPC.*, Sys.GetInfo, Sys.GetUID
+	Operate                  // decide about what is installed: OTA.Commit, OTA.Revert, Sys.Reboot
+	Install                  // change what is installed: OTA.Update, OTA.Begin, OTA.SetBootState, …
+)
+
+// String returns a word for r.
+func (r Right) String() string {
+	switch r {
+	case Read:
+		return "read"
+	case Operate:
+		return "operate"
+	case Install:
+		return "install"
+	}
+	return fmt.Sprintf("unknown (%d)", uint8(r))
+}
+
+// Peer describes who sent a frame, and over what.
+type Peer struct {
+	// Channel is the type of the transport as in access lists: HTTP, WS_in,
+	// WS_out, UART, MQTT, UDP_in, UDP_out, GATTS, loopback.
+	Channel string
+	// Addr is the address of the peer for people, as RPC.Ping answers it; ""
+	// if not known.
+	Addr string
+	// Request is the HTTP request that carried the frame or opened the
+	// channel; nil on other transports.
+	Request *http.Request
+	// Auth is the text of the frame's auth member, nil if there is none. It
+	// is filled in for each frame.
+	Auth []byte
+}
+
+// Authorizer decides who may call what. It is called for each request that has
+// a handler, before its arguments are looked at, from any number of goroutines.
+//
+// A nil error allows the call. An error that wraps [ErrUnauthenticated] says that
+// credentials are missing or wrong, [ErrForbidden] that they do not suffice; an
+// *[Error] is sent as it is. If the error has a method WWWAuthenticate() string,
+// its result becomes that header of an HTTP answer 401.
+type Authorizer interface {
+	Authorize(ctx context.Context, peer *Peer, method string, right Right) error
+}
+
+// AuthorizerFunc is an [Authorizer] made of a function.
+type AuthorizerFunc func(ctx context.Context, peer *Peer, method string, right Right) error
+
+// Authorize calls f.
+func (f AuthorizerFunc) Authorize(ctx context.Context, peer *Peer, method string, right Right) error {
+	return f(ctx, peer, method, right)
+}
+
+// Info describes the running firmware and its device, for Sys.GetInfo and for
+// the headers of a download. Characters that cannot stand in an HTTP header are
+// refused by [New].
+type Info struct {
+	App       string // name, as in the manifest
+	Version   string
+	BuildID   string
+	Platform  string
+	MAC       string // hardware address without separators
+	OSVersion string // answered as mg_version
+	OSBuildID string // answered as mg_id
+	PublicKey string
+	UID       string // unique number of the hardware, for Sys.GetUID
+	ProductID string // pid of Sys.GetUID
+	// Usage tells the current values. nil makes Sys.GetInfo answer the time
+	// since New, and zeros.
+	Usage func() Usage
+}
+
+// Usage is the part of Sys.GetInfo that changes; sizes in bytes.
+type Usage struct {
+	Uptime                       time.Duration
+	RAMSize, RAMFree, RAMMinFree int64
+	FSSize, FSFree               int64
+}
+
+// Defaults and limits of Options.
+const (
+	DefaultMaxFrame      = 128 << 10
+	DefaultMaxDepth      = 16
+	DefaultMaxPending    = 32
+	DefaultUpdateTimeout = 600 * time.Second
+	maxTimeout           = 30 * 24 * time.Hour
+)
+
+// Options configure a [Server].
+type Options struct {
+	// ID is the device id: the src of every reply. Required.
+	ID string
+	// Info describes the running firmware.
+	Info Info
+	// Open reads and verifies the beginning of a firmware file and returns
+	// the image, for OTA.Update and OTA.Begin. It must give up when r fails.
+	// nil refuses both.
+	Open func(ctx context.Context, r io.Reader) (ota.Image, error)
+
+	// Authorizer decides about every call; required unless NoAuth.
+	Authorizer Authorizer
+	// NoAuth lets everybody who reaches the server install firmware. (It must
+	// still pass the signature check of Open.)
+	NoAuth bool
+
+	// AllowHosts are the names by which HTTP clients may call the device,
+	// without port. Addresses and localhost always work. Other names are
+	// refused, because any web page can make its own name point here.
+	AllowHosts []string
+	// AllowOrigins are foreign origins whose pages may call, such as
+	// "https://api.cesanta.com", which the mos client sends on WebSocket.
+	AllowOrigins []string
+	// AllowGET are methods that may be called by GET although they change
+	// something, such as "Sys.Reboot". Methods that need the right Read
+	// always may.
+	AllowGET []string
+
+	MaxFrame   int // bytes of a frame or HTTP body; 0 means DefaultMaxFrame
+	MaxDepth   int // levels of nested JSON; 0 means DefaultMaxDepth
+	MaxPending int // calls being served, and HTTP bodies being read, at a time; 0 means DefaultMaxPending
+
+	// HTTPClient downloads for OTA.Update. nil means one with timeouts for
+	// all but the body, and without proxies from the environment. At most
+	// three redirects are followed in any case, and all obey AllowHTTP and
+	// AllowURL.
+	HTTPClient *http.Client
+	// AllowHTTP permits downloads without TLS.
+	AllowHTTP bool
+	// AllowURL, if not nil, must accept each URL before it is requested.
+	AllowURL func(*url.URL) error
+	// UpdateURL is what OTA.Update downloads, unless already running, if it
+	// is given neither url nor file.
+	UpdateURL string
+	// OpenFile opens a local firmware file for OTA.Update; nil refuses.
+	OpenFile func(name string) (io.ReadCloser, error)
+
+	// UpdateTimeout is how long an update waits for data before it gives up,
+	// if the caller does not say; 0 means DefaultUpdateTimeout.
+	UpdateTimeout time.Duration
+	// TotalTimeout bounds an update as a whole; 0 means no bound.
+	TotalTimeout time.Duration
+	// CommitTimeout is that of updates whose caller does not say, see
+	// [ota.UpdateOptions].
+	CommitTimeout time.Duration
+
+	// Logger gets a line for each call that changes something; nil means
+	// silence.
+	Logger *slog.Logger
+}
+
+// device is what a Server needs of an *ota.Device.
+type device interface {
+	Update(context.Context, ota.Image, *ota.UpdateOptions) (ota.UpdateResult, error)
+	Commit(context.Context) error
+	CommitTrial(context.Context, ota.TrialID) error
+	Revert(context.Context) error
+	CreateSnapshot(context.Context, *ota.SnapshotOptions) (ota.SlotID, error)
+	BootState(context.Context) (ota.BootState, error)
+	SetBootState(context.Context, ota.BootStatePatch) error
+	Status() ota.Status
+	Reboot(context.Context) error
+}
+
+// Request is a call on its way to a handler.
+type Request struct {
+	// Method is the name as registered.
+	Method string
+	// Src is how the caller names itself; "" if it does not.
+	Src  string
+	Peer *Peer
+	Args *Args
+
+	after func() // to be done once the reply is sent
+}
+
+// HandlerFunc serves a method. The result is encoded by encoding/json, except
+// that a [json.RawMessage] is sent as it is and must be valid JSON; nil is sent
+// as null. An *[Error] is sent as it is, another error with code 500 and its text.
+// Several calls may run at once. ctx ends when the caller goes away, if the
+// transport can tell, or the server is closed.
+type HandlerFunc func(ctx context.Context, r *Request) (result any, err error)
+
+type method struct {
+	name, args string
+	right      Right
+	handle     HandlerFunc
+}
+
+// Server serves calls for one device. All methods may be called at any time from
+// any goroutine.
+type Server struct {
+	d       device
+	o       Options
+	log     *slog.Logger
+	client  *http.Client
+	start   time.Time
+	pending chan struct{} // one element for each call being served
+	reading chan struct{} // one for each HTTP body being read
+
+	ctx    context.Context // of what outlives a call; ends with Close
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // goroutines
+
+	mu      sync.Mutex // guards what follows, and is never held across calls
+	closed  bool
+	methods []*method // newest first
+	update  *update   // under way, or the last one
+	push    *push     // the push session among them
+	timer   *time.Timer
+	due     time.Time // of the reboot; zero if there is none
+}
+
+// New returns a server for d. The error wraps [ota.ErrInvalid] and names the
+// option.
+func New(d *ota.Device, o Options) (*Server, error) {
+	if d == nil {
+		return nil, fmt.Errorf("rpcjson: no device: %w", ota.ErrInvalid)
+	}
+	return newServer(d, o)
+}
+
+func newServer(d device, o Options) (*Server, error) {
+	if err := o.complete(); err != nil {
+		return nil, fmt.Errorf("rpcjson: %w: %w", err, ota.ErrInvalid)
+	}
+	s := &Server{
+		d:       d,
+		o:       o,
+		log:     o.Logger,
+		start:   time.Now(),
+		pending: make(chan struct{}, o.MaxPending),
+		reading: make(chan struct{}, o.MaxPending),
+	}
+	s.client = s.newClient()
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.addMethods()
+	return s, nil
+}
+
+// complete checks the options and fills in the defaults.
+func (o *Options) complete() error {
+	if o.ID == "" || len(o.ID) > 128 {
+		return errors.New("ID: need 1 to 128 bytes")
+	}
+	if o.Authorizer == nil && !o.NoAuth {
+		return errors.New("Authorizer: need one, or NoAuth")
+	}
+	if o.Authorizer != nil && o.NoAuth {
+		return errors.New("NoAuth: contradicts Authorizer")
+	}
+	i := &o.Info
+	for _, v := range []string{o.ID, i.App, i.Version, i.BuildID, i.Platform, i.MAC, i.OSVersion, i.OSBuildID} {
+		if strings.ContainsFunc(v, func(r rune) bool { return r < ' ' || r > '~' }) {
+			return fmt.Errorf("ID, Info: %s: need printable ASCII", ota.Quote(v))
+		}
+	}
+	for _, v := range []struct {
+		name     string
+		p        *int
+		def, max int
+	}{
+		{"MaxFrame", &o.MaxFrame, DefaultMaxFrame, 64 << 20},
+		{"MaxDepth", &o.MaxDepth, DefaultMaxDepth, 1000},
+		{"MaxPending", &o.MaxPending, DefaultMaxPending, 10000},
+	} {
+		if *v.p == 0 {
+			*v.p = v.def
+		}
+		if *v.p < 1 || *v.p > v.max {
+			return fmt.Errorf("%s: need 1 to %d", v.name, v.max)
+		}
+	}
+	if o.UpdateTimeout == 0 {
+		o.UpdateTimeout = DefaultUpdateTimeout
+	}
+	if o.UpdateTimeout < 0 || o.TotalTimeout < 0 || o.UpdateTimeout > maxTimeout || o.TotalTimeout > maxTimeout {
+		return fmt.Errorf("UpdateTimeout, TotalTimeout: need 0 to %v", maxTimeout)
+	}
+	if o.CommitTimeout < 0 || o.CommitTimeout > ota.MaxCommitTimeout {
+		return fmt.Errorf("CommitTimeout: need 0 to %v", ota.MaxCommitTimeout)
+	}
+	for _, v := range o.AllowOrigins {
+		if u, err := url.Parse(v); err != nil || u.Scheme == "" || u.Host == "" {
+			return fmt.Errorf("AllowOrigins: %s: need scheme://host", ota.Quote(v))
+		}
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
+// Handle registers a method, or replaces it if there is one of that name without
+// regard to case. args describes its arguments for RPC.Describe, such as
+// "{pin: %d, value: %B}". The error wraps [ota.ErrInvalid].
+func (s *Server) Handle(name, args string, right Right, h HandlerFunc) error {
+	switch {
+	case name == "" || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r > '~' || r == '/' }):
+		return fmt.Errorf("rpcjson: method %s: need printable ASCII without blanks and slashes: %w", ota.Quote(name), ota.ErrInvalid)
+	case right < Read || right > Install:
+		return fmt.Errorf("rpcjson: method %s: right %v: %w", ota.Quote(name), right, ota.ErrInvalid)
+	case h == nil:
+		return fmt.Errorf("rpcjson: method %s: no handler: %w", ota.Quote(name), ota.ErrInvalid)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.methods = slices.DeleteFunc(s.methods, func(m *method) bool { return strings.EqualFold(m.name, name) })
+	s.methods = slices.Insert(s.methods, 0, &method{name, args, right, h})
+	return nil
+}
+
+// method returns the method of that name, or nil.
+func (s *Server) method(name string) *method {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, m := range s.methods {
+		if strings.EqualFold(m.name, name) {
+			return m
+		}
+	}
+	return nil
+}
+
+// Call serves one frame and returns the reply; nil if there is none to be sent.
+// It is [Server.Serve] for transports that cannot tell when a reply is sent: what
+// the call does after its reply, such as a reboot, is counted from the return.
+func (s *Server) Call(ctx context.Context, peer Peer, frame []byte) (reply []byte, err error) {
+	err = s.Serve(ctx, peer, frame, func(b []byte) error {
+		reply = b
+		return nil
+	})
+	return reply, err
+}
+
+// Serve serves one frame from peer and gives the reply to send, unless the
+// request wants none. A call may take long: OTA.Update is answered when it is
+// over. It goes on if ctx ends before that, and nothing is sent.
+//
+// The error wraps [ErrInvalidFrame] if the frame is not understood (also
+// [ota.ErrTooLarge] if it is too large), it is [ErrClosed] after Close, the cause
+// of ctx if that ended first, or the error of send. Errors of the call itself are
+// part of the reply. send owns the reply; it is called at most once, without any
+// lock held.
+func (s *Server) Serve(ctx context.Context, peer Peer, frame []byte, send func(reply []byte) error) error {
+	f, err := s.parse(frame)
+	if err != nil {
+		return err
+	}
+	if f.method == "" {
+		return nil // an answer to something that was never asked
+	}
+	var result []byte
+	var after func()
+	var callErr *Error
+	if s.acquire() {
+		result, after, callErr, err = s.call(ctx, &peer, &f)
+		if err != nil {
+			return err
+		}
+	} else {
+		callErr = errOverflow
+	}
+	if f.id != "" {
+		err = send(appendReply(nil, &f, s.o.ID, result, callErr))
+	}
+	if after != nil {
+		after()
+	}
+	return err
+}
+
+// errOverflow is answered while MaxPending calls are being served.
+var errOverflow = errorf(429, "Request queue overflow")
+
+func (s *Server) acquire() bool {
+	select {
+	case s.pending <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+
+func (s *Server) release() { <-s.pending }
+
+// parse decodes a frame and checks that it is meant for this device.
+func (s *Server) parse(b []byte) (frame, error) {
+	if len(b) > s.o.MaxFrame {
+		return frame{}, fmt.Errorf("%w: %d bytes, at most %d: %w", ErrInvalidFrame, len(b), s.o.MaxFrame, ota.ErrTooLarge)
+	}
+	f, err := parseFrame(b, s.o.MaxDepth)
+	if err != nil {
+		return f, err
+	}
+	if f.dst != "" && f.dst != s.o.ID {
+		return f, fmt.Errorf("%w: for %s", ErrInvalidFrame, ota.Quote(f.dst))
+	}
+	return f, nil
+}
+
+// call runs the method of f and gives back the place that the caller acquired.
+// It returns the result or the error to be answered, and what to do after that,
+// or an error if there is nothing to be answered.
+func (s *Server) call(ctx context.Context, peer *Peer, f *frame) (result []byte, after func(), callErr *Error, err error) {
+	defer s.release()
+	m := s.method(f.method)
+	if m == nil {
+		return nil, nil, errorf(404, "No handler for %s", printable(f.method)), nil
+	}
+	s.mu.Lock()
+	closed, due := s.closed, s.due
+	s.mu.Unlock()
+	if closed {
+		return nil, nil, nil, ErrClosed
+	}
+	if left := time.Until(due); !due.IsZero() && left < lockout {
+		return nil, nil, errorf(418, "shutting down in %d ms", max(0, left.Milliseconds())), nil
+	}
+	peer.Auth = f.auth
+	if e := s.authorize(ctx, peer, m); e != nil {
+		return nil, nil, e, nil
+	}
+	if f.paramsErr != nil {
+		return nil, nil, errorf(400, "bad request: params: %v", f.paramsErr), nil
+	}
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(s.ctx, func() { cancel(ErrClosed) })()
+	r := &Request{Method: m.name, Src: f.src, Peer: peer, Args: &Args{tok: f.params, depth: s.o.MaxDepth}}
+	v, err := m.handle(ctx, r)
+	if err == nil {
+		result, err = encode(v)
+	}
+	switch {
+	case err != nil && s.ctx.Err() != nil:
+		return nil, nil, nil, ErrClosed
+	case err != nil && ctx.Err() != nil:
+		return nil, nil, nil, context.Cause(ctx) // nobody is left to be answered
+	}
+	if m.right != Read {
+		s.log.Info("rpc", "method", m.name, "channel", peer.Channel, "peer", peer.Addr, "src", ota.Quote(f.src), "err", err)
+	}
+	if err != nil {
+		callErr = toError(err)
+	}
+	return result, r.after, callErr, nil
+}
+
+// authorize returns nil if peer may call m, else what to answer.
+func (s *Server) authorize(ctx context.Context, peer *Peer, m *method) *Error {
+	if s.o.NoAuth {
+		return nil
+	}
+	err := s.o.Authorizer.Authorize(ctx, peer, m.name, m.right)
+	if err == nil {
+		return nil
+	}
+	s.log.Warn("rpc denied", "method", m.name, "channel", peer.Channel, "peer", peer.Addr, "err", err)
+	var e *Error
+	switch {
+	case errors.As(err, &e):
+		e = errorf(e.Code, "%s", e.Message)
+	case errors.Is(err, ErrUnauthenticated):
+		e = errorf(401, "unauthenticated")
+	case errors.Is(err, ErrForbidden):
+		e = errorf(403, "unauthorized")
+	default:
+		e = errorf(500, "authorization failed")
+	}
+	var c interface{ WWWAuthenticate() string }
+	if errors.As(err, &c) {
+		e.challenge = c.WWWAuthenticate()
+	}
+	return e
+}
+
+// encode returns the JSON text of a result in ASCII.
+func encode(v any) ([]byte, error) {
+	switch v := v.(type) {
+	case nil:
+		return []byte("null"), nil
+	case json.RawMessage:
+		return appendASCII(nil, v), nil
+	}
+	b, err := json.Marshal(v)
+	if err != nil {
+		return nil, fmt.Errorf("result: %w", err)
+	}
+	return appendASCII(nil, b), nil
+}
+
+// toError returns what is answered for the error of a handler.
+func toError(err error) *Error {
+	var e *Error
+	var a *ArgError
+	switch {
+	case errors.As(err, &e):
+		return e
+	case errors.As(err, &a):
+		return errorf(400, "%v", a)
+	}
+	return errorf(500, "%s", message(err))
+}
+
+// maxMessage bounds the message of an error, in bytes.
+const maxMessage = 256
+
+// message returns the text of err, cut and cleaned to be fit for a reply.
+func message(err error) string {
+	m := err.Error()
+	if len(m) > maxMessage {
+		m = m[:maxMessage-3] + "..."
+	}
+	return printableText(m)
+}
+
+// printableText returns s with whatever is not printable ASCII replaced.
+func printableText(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r > '~' {
+			return '?'
+		}
+		return r
+	}, s)
+}
+
+// spawn runs f in a goroutine that Close waits for. It returns false, and does
+// not run f, if the server is closed.
+func (s *Server) spawn(f func()) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return false
+	}
+	s.wg.Go(f)
+	return true
+}
+
+// run runs f to its end even if ctx ends before that; it returns early then. f
+// must not touch what the caller uses after an error.
+func (s *Server) run(ctx context.Context, f func(ctx context.Context) error) error {
+	done := make(chan error, 1)
+	if !s.spawn(func() { done <- f(s.ctx) }) {
+		return ErrClosed
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// The delays between a reply and the reboot, and what limits the wait for a
+// caller that never takes its reply.
+const (
+	lockout      = 100 * time.Millisecond
+	updateDelay  = 500 * time.Millisecond
+	revertDelay  = 300 * time.Millisecond
+	rebootDelay  = 100 * time.Millisecond
+	rebootAnyway = 5 * time.Second
+	endAnyway    = time.Minute // for OTA.End of a push session
+)
+
+// rebootIn reboots after d, or earlier if a reboot is due earlier.
+func (s *Server) rebootIn(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	due := time.Now().Add(d)
+	if s.closed || !s.due.IsZero() && !due.Before(s.due) {
+		return
+	}
+	if s.timer != nil {
+		s.timer.Stop()
+	}
+	s.due = due
+	var t *time.Timer
+	t = time.AfterFunc(d, func() {
+		s.mu.Lock()
+		mine := s.timer == t && !s.closed
+		if mine {
+			s.wg.Add(1)
+		}
+		s.mu.Unlock()
+		if mine {
+			defer s.wg.Done()
+			s.reboot()
+		}
+	})
+	s.timer = t
+}
+
+func (s *Server) reboot() {
+	s.log.Info("rebooting")
+	err := s.d.Reboot(s.ctx)
+	if err == nil {
+		return // on its way down: calls are refused from here on
+	}
+	s.log.Error("reboot failed", "err", err)
+	s.mu.Lock()
+	s.due = time.Time{}
+	s.mu.Unlock()
+}
+
+// Close stops serving: it calls off a reboot that is due, ends updates under
+// way, which leave the device as it was, and waits until all has ended. Calls
+// being served return ErrClosed. It returns nil, also when called again. It must
+// not be called by what it waits for: a handler, or the device's Reset.
+func (s *Server) Close() error {
+	s.mu.Lock()
+	s.closed = true
+	if s.timer != nil {
+		s.timer.Stop()
+	}
+	s.mu.Unlock()
+	s.cancel()
+	s.wg.Wait()
+	if s.o.HTTPClient == nil {
+		s.client.CloseIdleConnections()
+	}
+	return nil
+}

@@ -1,0 +1,251 @@
+package rpcjson
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/slotota/ota"
+)
+
+func TestUpdateByURL(t *testing.T) {
+	firmware := strings.Repeat("firmware", 10000)
+	var got http.Header
+	var closes bool
+	mux := http.NewServeMux()
+	mux.HandleFunc("/fw.zip", func(w http.ResponseWriter, r *http.Request) {
+		got, closes = r.Header, r.Close
+		_, _ = io.WriteString(w, firmware)
+	})
+	mux.HandleFunc("/same", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNotModified) })
+	mux.HandleFunc("/short", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Length", "1000")
+		_, _ = io.WriteString(w, "only this")
+	})
+	mux.HandleFunc("/partial", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusPartialContent) })
+	mux.Handle("/r1", http.RedirectHandler("/fw.zip", http.StatusFound))
+	mux.Handle("/r2", http.RedirectHandler("/r1", http.StatusPermanentRedirect))
+	mux.Handle("/r3", http.RedirectHandler("/r2", http.StatusFound))
+	mux.Handle("/r4", http.RedirectHandler("/r3", http.StatusFound))
+	mux.Handle("/loop", http.RedirectHandler("/loop", http.StatusFound))
+	mux.Handle("/file", http.RedirectHandler("file:///etc/passwd", http.StatusFound))
+	mux.Handle("/bad", http.RedirectHandler("/forbidden", http.StatusFound))
+	srv := httptest.NewServer(mux)
+	defer srv.Close()
+
+	for path, want := range map[string]string{
+		"/fw.zip":  `"result":true`,
+		"/r1":      `"result":true`,
+		"/r3":      `"result":true`,
+		"/r4":      fail(-1, "more than 3 redirects"),
+		"/loop":    fail(-1, "more than 3 redirects"),
+		"/file":    fail(-1, `redirect: need a host`),
+		"/bad":     fail(-1, "redirect: not there"),
+		"/same":    `"result":true`,
+		"/short":   fail(-1, "Unexpected end of data"),
+		"/missing": fail(-1, "Invalid HTTP response code: 404"),
+		"/partial": fail(-1, "Invalid HTTP response code: 206"),
+	} {
+		d := newFake()
+		s := newTest(t, d, func(o *Options) {
+			o.AllowHTTP = true
+			o.AllowURL = func(u *url.URL) error {
+				if u.Path == "/forbidden" {
+					return errors.New("not there")
+				}
+				return nil
+			}
+		})
+		require.Equal(t, want, do(t, s, "OTA.Update", `{"url":"`+srv.URL+path+`","commit_timeout":5,"ignore_same_version":true}`), path)
+		ok := want == `"result":true`
+		if ok && path != "/same" {
+			require.Equal(t, firmware, string(d.got))
+			require.Equal(t, ota.UpdateOptions{CommitTimeout: 5 * time.Second, IgnoreSameVersion: true}, d.opts)
+		}
+		s.mu.Lock()
+		require.Equal(t, ok && path != "/same", !s.due.IsZero(), path)
+		s.mu.Unlock()
+		switch {
+		case path == "/same":
+			require.Contains(t, do(t, s, "OTA.Status", ""), `"state": 0, "message": "Version is the same as current"`)
+		case ok:
+			require.Contains(t, do(t, s, "OTA.Status", ""), `"state": 3, "message": "Update applied, rebooting"`)
+		default:
+			require.Contains(t, do(t, s, "OTA.Status", ""), `"state": 2, "message": "`)
+		}
+	}
+	require.Equal(t, "esp32_123456 240AC4123456", got.Get("X-MGOS-Device-ID"))
+	require.Equal(t, "demo/1.0 (MongooseOS/2.19.1; esp32)", got.Get("User-Agent"))
+	require.Equal(t, "esp32 1.0 20190923-002345/x", got.Get("X-MGOS-FW-Version"))
+	require.True(t, closes, "Connection: close")
+	require.Equal(t, "identity", got.Get("Accept-Encoding"))
+}
+
+func TestUpdateRefused(t *testing.T) {
+	d := newFake()
+	s := newTest(t, d, nil)
+	for params, want := range map[string]string{
+		``:                                                  fail(-1, "either file or url is required"),
+		`{"url":"https://h/","file":"fw.zip"}`:              fail(-1, "either file or url is required"),
+		`{"url":"http://h/"}`:                               fail(-1, "url: need https"),
+		`{"url":"ftp://h/"}`:                                fail(-1, `url: scheme \"ftp\": need https`),
+		`{"url":"/x"}`:                                      fail(-1, "url: need a host"),
+		`{"url":"https://user:secret@h:x/"}`:                fail(-1, "url: need a URL"),
+		`{"file":"/etc/passwd"}`:                            fail(-1, "Updates from files are not allowed."),
+		`{"url":["https://h/"]}`:                            fail(400, `url: need a string, got \"[\\\"https://h/\\\"]\"`),
+		`{"url":"https://h/","timeout":"1s"}`:               fail(400, `timeout: need an integer, got \"1s\"`),
+		`{"url":"https://h/","timeout":true}`:               fail(400, `timeout: need an integer, got \"true\"`),
+		`{"url":"https://h/","timeout":1e3}`:                fail(400, `timeout: need an integer, got \"1e3\"`),
+		`{"url":"https://h/","commit_timeout":99999999999}`: fail(400, `commit_timeout: need an integer from 0 to 2592000, got \"99999999999\"`),
+	} {
+		require.Equal(t, want, do(t, s, "OTA.Update", params))
+	}
+	d.state.Committed = false
+	require.Equal(t, fail(-1, "failed to start update: the firmware is not committed yet"), do(t, s, "OTA.Update", `{"url":"https://h/"}`))
+	d.state.Committed, d.busy = true, "snapshot"
+	require.Equal(t, fail(-1, "Update is already in progress"), do(t, s, "OTA.Update", `{"url":"https://h/"}`))
+	require.Empty(t, d.log())
+	require.Equal(t, statusText(0, "idle", true, 0), do(t, s, "OTA.Status", ""))
+}
+
+func TestUpdateByFile(t *testing.T) {
+	d := newFake()
+	s := newTest(t, d, func(o *Options) {
+		o.UpdateURL = "https://h/default"
+		o.HTTPClient = &http.Client{
+			Transport:     roundTrip(func(r *http.Request) *http.Response { return response(200, r.URL.Path) }),
+			CheckRedirect: func(*http.Request, []*http.Request) error { return nil },
+		}
+		o.OpenFile = func(name string) (io.ReadCloser, error) {
+			if name != "fw.zip" {
+				return nil, errors.New("no such file")
+			}
+			return io.NopCloser(strings.NewReader("from file")), nil
+		}
+	})
+	require.Equal(t, fail(-1, "no such file"), do(t, s, "OTA.Update", `{"file":"x"}`))
+	d.errs["update"] = ota.ErrPlatform
+	require.Equal(t, fail(-1, "the image is for another platform"), do(t, s, "OTA.Update", `{"file":"fw.zip"}`))
+	delete(d.errs, "update")
+	d.update = func(context.Context, io.Reader) (ota.UpdateResult, error) { return ota.UpdateResult{Same: true}, nil }
+	require.Equal(t, `"result":true`, do(t, s, "OTA.Update", `{"file":"fw.zip"}`))
+	d.update = nil
+	require.Equal(t, `"result":true`, do(t, s, "OTA.Update", ``), "the configured URL")
+	require.True(t, d.opts.IgnoreSameVersion)
+	require.Equal(t, "/default", string(d.got))
+	require.Equal(t, fail(-1, "failed to start update: a reboot is pending"), do(t, s, "OTA.Update", `{"file":"fw.zip"}`))
+	require.Contains(t, do(t, s, "OTA.Status", ""), `"state": 3`)
+}
+
+// The reply is held to the end, and the update does not depend on the caller.
+func TestUpdateTakesLong(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newFake()
+		d.update = func(_ context.Context, r io.Reader) (ota.UpdateResult, error) {
+			_, _ = io.ReadAll(r)
+			time.Sleep(time.Hour) // slow flash
+			return ota.UpdateResult{Slot: 1}, nil
+		}
+		s := newTest(t, d, func(o *Options) {
+			o.OpenFile = func(string) (io.ReadCloser, error) { return io.NopCloser(strings.NewReader("x")), nil }
+		})
+		start := time.Now()
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		_, err := s.Call(ctx, testPeer, []byte(`{"id":1,"method":"OTA.Update","params":{"file":"x","timeout":30}}`))
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.Equal(t, fail(-1, "Update is already in progress"), do(t, s, "OTA.Update", `{"file":"x"}`))
+		require.Contains(t, do(t, s, "OTA.Status", ""), `"state": 1`)
+		time.Sleep(time.Hour)
+		require.Len(t, d.rebootTimes(), 1)
+		require.Equal(t, time.Hour+rebootAnyway, d.rebootTimes()[0].Sub(start))
+	})
+	synctest.Test(t, func(t *testing.T) {
+		d := newFake()
+		s := newTest(t, d, func(o *Options) {
+			o.OpenFile = func(string) (io.ReadCloser, error) { return io.NopCloser(strings.NewReader("x")), nil }
+		})
+		start := time.Now()
+		require.Equal(t, `"result":true`, do(t, s, "OTA.Update", `{"file":"x"}`))
+		time.Sleep(time.Second)
+		require.Len(t, d.rebootTimes(), 1)
+		require.Equal(t, 500*time.Millisecond, d.rebootTimes()[0].Sub(start))
+	})
+}
+
+// stuckBody delivers some bytes, one a second, and then nothing until closed.
+type stuckBody struct {
+	ctx context.Context
+	n   int
+}
+
+func (b *stuckBody) Read(p []byte) (int, error) {
+	if b.n == 0 {
+		<-b.ctx.Done()
+		return 0, b.ctx.Err()
+	}
+	time.Sleep(time.Second)
+	b.n--
+	p[0] = 'x'
+	return 1, nil
+}
+func (b *stuckBody) Close() error { return nil }
+
+func TestUpdateStalls(t *testing.T) {
+	for name, c := range map[string]struct {
+		respond func(r *http.Request) *http.Response
+		total   time.Duration
+		want    time.Duration
+	}{
+		"no answer": {func(*http.Request) *http.Response { return nil }, 0, 10 * time.Second},
+		"body": {func(r *http.Request) *http.Response {
+			res := response(200, "")
+			res.Body = &stuckBody{r.Context(), 60}
+			return res
+		}, 0, 70 * time.Second},
+		"total": {func(r *http.Request) *http.Response {
+			res := response(200, "")
+			res.Body = &stuckBody{r.Context(), 60}
+			return res
+		}, 65 * time.Second, 65 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newTest(t, newFake(), func(o *Options) {
+					o.HTTPClient = &http.Client{Transport: roundTrip(c.respond)}
+					o.TotalTimeout = c.total
+				})
+				start := time.Now()
+				require.Equal(t, fail(-1, "Update timed out"), do(t, s, "OTA.Update", `{"url":"https://h/","timeout":10}`))
+				require.Equal(t, c.want, time.Since(start))
+				require.Contains(t, do(t, s, "OTA.Status", ""), `{"state": 2, "message": "Update timed out"`)
+				require.Equal(t, null, do(t, s, "OTA.Begin", ""), "the next update can start")
+			})
+		})
+	}
+}
+
+func TestCloseEndsUpdate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newTest(t, newFake(), func(o *Options) {
+			o.HTTPClient = &http.Client{Transport: roundTrip(func(*http.Request) *http.Response { return nil })}
+		})
+		done := make(chan error, 1)
+		go func() {
+			_, err := s.Call(context.Background(), testPeer, []byte(`{"id":1,"method":"OTA.Update","params":{"url":"https://h/"}}`))
+			done <- err
+		}()
+		synctest.Wait()
+		require.NoError(t, s.Close())
+		require.ErrorIs(t, <-done, ErrClosed)
+	})
+}
