@@ -31,7 +31,7 @@ const (
 const ManifestName = "manifest.json"
 
 // Manifest is the content of manifest.json, the format of Mongoose OS
-// (mongoose-os/mos, common/fwbundle/fw_manifest.go; cesanta/mongoose-os,
+// (mongoose-os/mos, common/fwbundle/fw_bundle.go; cesanta/mongoose-os,
 // tools/mgos_fw_meta.py). All members but Parts are optional.
 type Manifest struct {
 	Name           string // product
@@ -86,7 +86,7 @@ func (m *Manifest) Part(name string) *Part {
 // topOrder and partOrder are the members that the genuine writer knows, in
 // the order in which it writes them. All others follow, sorted.
 var (
-	topOrder  = []string{"name", "platform", "version", "build_id", "build_timestamp", "description", "parts"}
+	topOrder  = []string{"name", "platform", "description", "version", "build_id", "build_timestamp", "parts"}
 	partOrder = []string{"type", "src", "addr", "size", "fill", "flash", "cs_sha1", "cs_sha256", "fs_size",
 		"fs_block_size", "fs_erase_size", "fs_page_size", "encrypt", "ptn", "falloc", "sig", "sig_cert", "sign"}
 )
@@ -346,7 +346,7 @@ func plain(s string, max int) bool {
 }
 
 // MarshalJSON returns the text that the genuine writer makes of m: the order
-// of its struct members, then all others sorted. Indented by one blank per
+// of its struct members, then all others sorted, and the parts sorted by name. Indented by one blank per
 // level it is what mos create-fw-bundle writes.
 func (m *Manifest) MarshalJSON() ([]byte, error) {
 	var parts object
@@ -358,6 +358,7 @@ func (m *Manifest) MarshalJSON() ([]byte, error) {
 		}
 		parts = append(parts, strictjson.Member{Name: p.Name, Value: o.marshal()})
 	}
+	parts.sort(nil)
 	o, err := extras(m.Extra)
 	if err != nil {
 		return nil, err
