@@ -47,8 +47,8 @@ type Handover struct {
 //  4. If there is no boot left, or it does not verify, the device goes back to
 //     the revert slot, durably.
 //
-// If no boot state was ever stored the first slot of the order is started as it
-// is. If the state was lost, the slots of the order are tried in turn until one
+// If no boot state was ever stored the first slot of the order that Check accepts
+// is started as it is. If the state was lost, the slots of the order are tried in turn until one
 // is committed. If the boot state cannot be written the revert slot is started
 // all the same, never a trial. The error wraps ErrNotBootable if no slot may be
 // started; that is the moment for a recovery system.
@@ -72,7 +72,7 @@ func boot(ctx context.Context, b Bootloader, slots []Slot, o *BootOptions) (Hand
 	s, err := loadHealed(ctx, b)
 	switch {
 	case errors.Is(err, ErrNoBootState):
-		s = BootState{Active: order[0], Committed: true, Revert: NoSlot}
+		return p.first(ctx, order)
 	case errors.Is(err, ErrBadBootState):
 		s = lostState(order[0], order[1], 1)
 	case err != nil:
@@ -115,6 +115,19 @@ type booter struct {
 	check    func(context.Context, SlotID) error
 	in       *installer
 	problems []error
+}
+
+// first starts the first slot of the order that the caller's check accepts.
+func (p *booter) first(ctx context.Context, order []SlotID) (Handover, error) {
+	for _, id := range order {
+		s := BootState{Active: id, Committed: true, Revert: NoSlot}
+		if _, err := p.verify(ctx, s, id, true); err == nil {
+			return p.start(s, id, false, false), nil
+		} else {
+			p.note(err)
+		}
+	}
+	return Handover{}, p.notBootable()
 }
 
 // decide acts on s, which every copy of the boot record holds.

@@ -225,8 +225,12 @@ func Open(ctx context.Context, b Bootloader, slots []Slot, o *Options) (*Device,
 	if d.state, err = d.load(ctx); err != nil {
 		return nil, opErr(op, NoSlot, err)
 	}
-	if err := d.reconcile(ctx); err != nil {
-		return nil, opErr(op, NoSlot, err)
+	if err := d.reconcile(ctx); ctx.Err() != nil {
+		return nil, opErr(op, NoSlot, ctx.Err())
+	} else if err != nil {
+		// A device that cannot write its record still has to be reached.
+		d.err = opErr(op, NoSlot, err)
+		d.o.Logger.Error("the fallback could not be stored", "err", err)
 	}
 	return d, nil
 }

@@ -1,0 +1,45 @@
+package ota_test
+
+import (
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// What an importer compiles beside the standard library, package by package.
+// Everything not listed may import the library itself only.
+func TestImports(t *testing.T) {
+	if _, err := exec.LookPath("go"); err != nil {
+		t.Skip("needs the go command in PATH")
+	}
+	const self = "github.com/slotota/ota"
+	allowed := map[string][]string{}
+	out, err := exec.Command("go", "list", "-deps", "-f",
+		`{{if not .Standard}}{{.ImportPath}}{{range .Imports}} {{.}}{{end}}{{end}}`, "./...").Output()
+	require.NoError(t, err)
+	seen := 0
+	for line := range strings.Lines(string(out)) {
+		f := strings.Fields(line)
+		if len(f) == 0 || f[0] != self && !strings.HasPrefix(f[0], self+"/") {
+			continue
+		}
+		seen++
+		for _, imp := range f[1:] {
+			if !strings.Contains(strings.Split(imp, "/")[0], ".") || strings.HasPrefix(imp+"/", self+"/") {
+				continue
+			}
+			require.True(t, slices.ContainsFunc(allowed[f[0]], func(m string) bool { return strings.HasPrefix(imp+"/", m+"/") }),
+				"%s imports %s", f[0], imp)
+		}
+		if f[0] == self {
+			for _, imp := range f[1:] {
+				require.False(t, strings.HasPrefix(imp, self), "the root package imports %s", imp)
+				require.NotEqual(t, "testing", imp)
+			}
+		}
+	}
+	require.Greater(t, seen, 5)
+}
