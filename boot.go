@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 )
 
 // BootOptions configure [Boot]. The zero value is safe.
@@ -51,7 +52,9 @@ type Handover struct {
 // is started as it is. If the state was lost, the slots of the order are tried in turn until one
 // is committed. If the boot state cannot be written the revert slot is started
 // all the same, never a trial. The error wraps ErrNotBootable if no slot may be
-// started; that is the moment for a recovery system.
+// started, or if the boot state cannot be read; that is the moment for a recovery
+// system. Firmware that a trial has ended for, or that was never committed, is not
+// a reserve: it is not started even then.
 func Boot(ctx context.Context, b Bootloader, slots []Slot, o *BootOptions) (Handover, error) {
 	if o == nil {
 		o = &BootOptions{}
@@ -68,19 +71,22 @@ func boot(ctx context.Context, b Bootloader, slots []Slot, o *BootOptions) (Hand
 	if err != nil {
 		return Handover{}, err
 	}
-	p := &booter{b: b, slots: slots, check: o.Check, in: newInstaller(o.BufferSize, nil)}
+	p := &booter{b: b, slots: slots, order: order, check: o.Check, in: newInstaller(o.BufferSize, nil)}
 	s, err := loadHealed(ctx, b)
+	if err == nil {
+		err = checkState(s, slots)
+	}
 	switch {
+	case err == nil:
 	case errors.Is(err, ErrNoBootState):
-		return p.first(ctx, order)
+		return p.first(ctx)
 	case errors.Is(err, ErrBadBootState):
 		s = lostState(order[0], order[1], 1)
-	case err != nil:
-		return Handover{}, err
+	case ctx.Err() != nil:
+		return Handover{}, ctx.Err()
 	default:
-		if err := checkState(s, slots); err != nil {
-			return Handover{}, err
-		}
+		p.note(err)
+		return Handover{}, p.notBootable()
 	}
 	return p.decide(ctx, s)
 }
@@ -112,14 +118,15 @@ func bootOrder(slots []Slot, order []SlotID) ([]SlotID, error) {
 type booter struct {
 	b        Bootloader
 	slots    []Slot
+	order    []SlotID
 	check    func(context.Context, SlotID) error
 	in       *installer
 	problems []error
 }
 
 // first starts the first slot of the order that the caller's check accepts.
-func (p *booter) first(ctx context.Context, order []SlotID) (Handover, error) {
-	for _, id := range order {
+func (p *booter) first(ctx context.Context) (Handover, error) {
+	for _, id := range p.order {
 		s := BootState{Active: id, Committed: true, Revert: NoSlot}
 		if _, err := p.verify(ctx, s, id, true); err == nil {
 			return p.start(s, id, false, false), nil
@@ -132,8 +139,8 @@ func (p *booter) first(ctx context.Context, order []SlotID) (Handover, error) {
 
 // decide acts on s, which every copy of the boot record holds.
 func (p *booter) decide(ctx context.Context, s BootState) (Handover, error) {
-	// A lost state may turn to the other slot and back; nothing else repeats.
-	for range 3 {
+	// A lost state may go through all slots; nothing else repeats.
+	for range len(p.order) + 1 {
 		if s.Committed {
 			return p.committed(ctx, s)
 		}
@@ -152,12 +159,22 @@ func (p *booter) decide(ctx context.Context, s BootState) (Handover, error) {
 		if s.Revert == NoSlot {
 			return Handover{}, p.notBootable()
 		}
-		s = s.reverted(why, message, true)
+		if s.lost() {
+			next := p.after(s.Active)
+			s = lostState(next, p.after(next), 1)
+		} else {
+			s = s.reverted(why, message, true)
+		}
 		if err := storeState(ctx, p.b, s); err != nil {
 			p.note(err) // the next boot comes to the same decision
 		}
 	}
 	return Handover{}, p.notBootable()
+}
+
+// after returns the slot that follows id in the order, going round.
+func (p *booter) after(id SlotID) SlotID {
+	return p.order[(slices.Index(p.order, id)+1)%len(p.order)]
 }
 
 // try uses up one boot of the trial in s and starts it.
@@ -175,7 +192,7 @@ func (p *booter) try(ctx context.Context, s BootState, verified bool) (Handover,
 	if s.Revert == NoSlot {
 		return Handover{}, p.notBootable()
 	}
-	h, err := p.committed(ctx, s.reverted(ReasonNone, "", false))
+	h, err := p.committed(ctx, s.reverted(ReasonNone, "", true))
 	h.State = s
 	return h, err
 }
@@ -210,8 +227,21 @@ func (p *booter) committed(ctx context.Context, s BootState) (Handover, error) {
 }
 
 // verify checks slot id against its digests, and reports whether there were
-// any. unknown allows that there are none.
+// any. unknown allows that there are none. What fails is tried again: one bad
+// read must not decide about a firmware.
 func (p *booter) verify(ctx context.Context, s BootState, id SlotID, unknown bool) (verified bool, err error) {
+	for range verifyTries {
+		if verified, err = p.verifyOnce(ctx, s, id, unknown); err == nil || ctx.Err() != nil {
+			break
+		}
+	}
+	return verified, opErr("", id, err)
+}
+
+// verifyTries is how often a slot is verified at most.
+const verifyTries = 3
+
+func (p *booter) verifyOnce(ctx context.Context, s BootState, id SlotID, unknown bool) (verified bool, err error) {
 	st := s.Slot(id)
 	switch {
 	case len(st.Parts) == 0 && unknown:
@@ -224,7 +254,7 @@ func (p *booter) verify(ctx context.Context, s BootState, id SlotID, unknown boo
 	if err == nil && p.check != nil {
 		err = p.check(ctx, id)
 	}
-	return verified, opErr("", id, err)
+	return verified, err
 }
 
 func (p *booter) start(s BootState, id SlotID, first, verified bool) Handover {

@@ -219,7 +219,7 @@ func (s BootState) committed() BootState {
 // the firmware on trial as bad.
 func (s BootState) reverted(why Reason, message string, reject bool) BootState {
 	if s.lost() {
-		// Nothing says that the other slot is any better: try them in turn.
+		// Nothing says that the other slot is any better.
 		return lostState(s.Revert, s.Active, 1)
 	}
 	n := s.settled()
@@ -334,8 +334,9 @@ func (d *Device) BootState(ctx context.Context) (BootState, error) {
 //     verified and not below the security floor. Revert, if given, must be the
 //     running slot.
 //   - Committed = false and Revert = another slot put the running firmware on
-//     trial once more, with that slot, which must be verified, to go back to.
-//   - Revert alone names a verified slot, or NoSlot.
+//     trial once more, with that slot to go back to. It must be verified, and
+//     its firmware must have been committed before and not rejected since.
+//   - Revert alone names such a slot, or NoSlot.
 //   - CommitTimeout goes with a new trial only.
 //
 // Nothing can be declared committed this way. A patch that changes nothing
@@ -383,11 +384,8 @@ func (d *Device) setBootState(ctx context.Context, p BootStatePatch) error {
 	if err := d.idle(s); err != nil {
 		return err
 	}
-	next := s.Clone()
 	w := d.writer()
-	if err := w.measure(ctx, &next); err != nil {
-		return err
-	}
+	active, revert := d.running, want.Revert
 	switch {
 	case want.Active != s.Active:
 		if p.Committed != nil && *p.Committed {
@@ -399,29 +397,40 @@ func (d *Device) setBootState(ctx context.Context, p BootStatePatch) error {
 		if err := w.bootable(ctx, s, want.Active); err != nil {
 			return err
 		}
-		next = next.trial(want.Active, d.running, timeout, d.o.Tries)
-	case want.Revert == want.Active:
-		return fmt.Errorf("slot %d would revert to itself: %w", want.Active, ErrInvalid)
-	case !want.Committed:
-		if want.Revert == NoSlot {
-			return ErrNoRevert
-		}
-		if err := w.bootable(ctx, s, want.Revert); err != nil {
+		want.Committed = false
+		active, revert = want.Active, d.running
+	case revert == active:
+		return fmt.Errorf("slot %d would revert to itself: %w", active, ErrInvalid)
+	case want.Committed && p.CommitTimeout != nil && timeout != s.CommitTimeout:
+		return fmt.Errorf("a commit timeout needs a trial: %w", ErrCommitted)
+	case revert != NoSlot:
+		if err := w.revertible(ctx, s, revert); err != nil {
 			return err
 		}
-		next = next.trial(d.running, want.Revert, timeout, d.o.Tries)
-	case p.CommitTimeout != nil && timeout != s.CommitTimeout:
-		return fmt.Errorf("a commit timeout needs a trial: %w", ErrCommitted)
-	default:
-		if want.Revert != NoSlot {
-			if err := w.bootable(ctx, s, want.Revert); err != nil {
-				return err
-			}
-		}
-		next.Revert = want.Revert
+	case !want.Committed:
+		return ErrNoRevert
+	}
+	next := s.Clone()
+	w.id = d.running
+	if err := w.measure(ctx, &next); err != nil {
+		return err
+	}
+	if want.Committed {
+		next.Revert = revert
+	} else {
+		next = next.trial(active, revert, timeout, d.o.Tries)
 	}
 	d.emit(Event{Phase: PhaseStoring, Slot: next.Active})
 	return d.store(ctx, next)
+}
+
+// revertible verifies that slot id holds firmware that was committed and may
+// become active: what a trial goes back to counts as committed at once.
+func (w *slotWriter) revertible(ctx context.Context, s BootState, id SlotID) error {
+	if st := s.Slot(id); len(st.Parts) > 0 && (!st.Approved || st.Rejected) {
+		return &Error{Slot: id, Off: -1, Err: fmt.Errorf("rejected or never committed: %w", ErrUnverifiedSlot)}
+	}
+	return w.bootable(ctx, s, id)
 }
 
 // bootable verifies that slot id holds firmware that may become active.

@@ -106,16 +106,22 @@ func (d *Device) revert(ctx context.Context, why Reason, message string, id Tria
 	case s.Revert == NoSlot:
 		return opErr(op, s.Active, ErrNoRevert)
 	}
+	next := s.reverted(why, message, s.Active == d.running)
+	if !s.Booted && s.Active == d.running && !s.lost() {
+		// The firmware that already runs was put on trial: it stays.
+		next = s.settled()
+		next.Last = Result{Outcome: OutcomeReverted, Reason: why, Trial: s.Trial, Slot: s.Active}
+	}
 	d.start()
 	d.emit(Event{Phase: PhaseStoring, Slot: s.Active})
-	err := opErr(op, s.Active, d.store(ctx, s.reverted(why, message, s.Active == d.running)))
+	err := opErr(op, s.Active, d.store(ctx, next))
 	d.finish(op, s.Active, err)
 	return err
 }
 
 // onTrial reports whether the running firmware is on trial in state s.
 func (d *Device) onTrial(s BootState) bool {
-	return !s.Committed && s.Booted && s.Active == d.running
+	return !s.Committed && (s.Booted || s.lost()) && s.Active == d.running
 }
 
 // remaining returns the time left to commit, on the boot clock.
@@ -150,7 +156,7 @@ const (
 	// defaultCheckTimeout bounds a hook or check.
 	defaultCheckTimeout = time.Minute
 	// watchInterval bounds how long Watch relies on a timer that may stand
-	// still while the device is suspended.
+	// still while the device is suspended, and separates attempts to commit.
 	watchInterval = 10 * time.Second
 )
 
@@ -159,6 +165,8 @@ const (
 // commits if the commit timeout is 0 or Options.CommitWhenHealthy is set;
 // otherwise it waits for a Commit. If a hook or check fails, or the commit
 // timeout expires, it reverts and reboots.
+//
+// A commit that fails is tried again every ten seconds.
 //
 // It returns nil when the firmware has been committed, by whomever; an error
 // that wraps ErrReverted once it has reverted and Reboot has returned; and the
@@ -189,31 +197,30 @@ func (d *Device) watch(ctx context.Context) error {
 		return nil
 	}
 	why, err := d.examine(ctx, s)
-	if err == nil && (s.CommitTimeout == 0 || d.o.CommitWhenHealthy) {
-		err = d.commit(ctx, s.Trial)
-		if err == nil || s.CommitTimeout == 0 || errors.Is(err, ErrReverted) {
-			return err
-		}
-		d.o.Logger.Error("the firmware could not commit itself", "err", err)
-		err = nil
-	}
 	if err == nil {
 		why = ReasonTimeout
-		if err = d.await(ctx, s); err == nil {
+		if err = d.await(ctx, s, s.CommitTimeout == 0 || d.o.CommitWhenHealthy); err == nil {
 			return d.verdict(s.Trial)
 		}
 	}
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	rerr := d.revert(ctx, why, err.Error(), s.Trial)
-	switch {
-	case errors.Is(rerr, ErrCommitted), errors.Is(rerr, ErrReverted): // somebody was faster
-		return d.verdict(s.Trial)
-	case errors.Is(rerr, ErrNoRevert):
-		return errors.Join(err, rerr)
+	var rerr error
+	for range 3 {
+		rerr = d.revert(ctx, why, err.Error(), s.Trial)
+		switch {
+		case errors.Is(rerr, ErrCommitted), errors.Is(rerr, ErrReverted): // somebody was faster
+			return d.verdict(s.Trial)
+		case errors.Is(rerr, ErrNoRevert):
+			return errors.Join(err, rerr)
+		}
+		if rerr == nil {
+			break
+		}
 	}
-	// Also if the revert could not be stored: the trial has no boot left.
+	// Also if the revert could not be stored: the boot stage cannot store
+	// either, then, and does not start what it cannot count.
 	d.o.Logger.Warn("rebooting into the revert slot", "slot", s.Revert, "reason", why, "err", err)
 	return fmt.Errorf("%w: %w", ErrReverted, errors.Join(err, rerr, d.Reboot(ctx)))
 }
@@ -263,6 +270,9 @@ func (d *Device) examine(ctx context.Context, s BootState) (Reason, error) {
 		return why, fmt.Errorf("%s %s: %w: %w", kind, Quote(name), ErrHealth, err)
 	}
 	for _, h := range d.o.Hooks {
+		if s.lost() {
+			break // which slot is the old one is not known
+		}
 		if why, err := run("hook", h.Name, func(ctx context.Context) error { return h.Run(ctx, d.running, s.Revert) }); err != nil {
 			return why, err
 		}
@@ -287,15 +297,23 @@ func noPanic(ctx context.Context, f func(context.Context) error) (err error) {
 }
 
 // await returns nil when the trial of s is over, and an error when its time is.
-func (d *Device) await(ctx context.Context, s BootState) error {
+// With commit it ends the trial itself, and does not give up if that fails.
+func (d *Device) await(ctx context.Context, s BootState, commit bool) error {
 	for {
+		if commit {
+			err := d.commit(ctx, s.Trial)
+			if err == nil {
+				return nil
+			}
+			d.o.Logger.Error("the firmware could not commit itself", "err", err)
+		}
 		d.mu.Lock()
 		changed, cur := d.changed, d.state
 		d.mu.Unlock()
 		if cur.Committed || cur.Trial != s.Trial {
 			return nil
 		}
-		var expire <-chan time.Time
+		wait := watchInterval
 		if s.CommitTimeout > 0 {
 			left, err := d.remaining(s)
 			if err != nil {
@@ -304,11 +322,11 @@ func (d *Device) await(ctx context.Context, s BootState) error {
 			if left <= 0 {
 				return fmt.Errorf("%v after boot: %w", s.CommitTimeout, ErrExpired)
 			}
-			expire = time.After(min(left, watchInterval))
+			wait = min(wait, left)
 		}
 		select {
 		case <-changed:
-		case <-expire:
+		case <-time.After(wait):
 		case <-ctx.Done():
 			return ctx.Err()
 		}

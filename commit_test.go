@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/flash/memflash"
+	"github.com/slotota/ota/internal/sim"
 	"github.com/stretchr/testify/require"
 )
 
@@ -262,4 +264,97 @@ func TestDefaultBootClock(t *testing.T) {
 	require.Positive(t, left)
 	require.LessOrEqual(t, left, time.Duration(ota.MaxCommitTimeout))
 	require.NoError(t, r.dev.Commit(t.Context()))
+}
+
+// An operation that is about to be refused does not keep Watch from its work.
+func TestWatchBesideRefusedUpdate(t *testing.T) {
+	for _, timeout := range []time.Duration{0, time.Minute} {
+		synctest.Test(t, func(t *testing.T) {
+			r, resets := onTrial(t, timeout, ota.Options{Tries: 2})
+			checking, proceed := make(chan struct{}), make(chan struct{})
+			r.o.OnEvent = func(e ota.Event) {
+				if e.Op == "update" && e.Phase == ota.PhaseChecking {
+					close(checking)
+					<-proceed
+				}
+			}
+			var err error
+			r.dev, err = ota.Open(t.Context(), r.Record, r.Slots, &r.o)
+			require.NoError(t, err)
+			<-time.After(timeout)
+			updated, watched := make(chan error, 1), make(chan error, 1)
+			go func() {
+				_, err := r.dev.Update(context.Background(), &sim.Image{V: 3}, nil)
+				updated <- err
+			}()
+			<-checking
+			go func() { watched <- r.dev.Watch(context.Background()) }()
+			synctest.Wait()
+			close(proceed)
+			require.ErrorIs(t, <-updated, ota.ErrNotCommitted)
+			werr := <-watched
+			s := r.stored()
+			require.True(t, s.Committed)
+			if timeout == 0 {
+				require.NoError(t, werr)
+				require.Equal(t, ota.SlotID(1), s.Active)
+			} else {
+				require.ErrorIs(t, werr, ota.ErrReverted)
+				require.Equal(t, ota.SlotID(0), s.Active)
+				require.Equal(t, 1, *resets)
+			}
+		})
+	}
+}
+
+// A commit that cannot be stored is tried again.
+func TestWatchCommitsAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, resets := onTrial(t, 0, ota.Options{})
+		r.Chip.Plan(memflash.Fault{Kind: memflash.Fail, Forever: true})
+		done := make(chan error)
+		go func() { done <- r.dev.Watch(context.Background()) }()
+		<-time.After(time.Minute)
+		r.Chip.Plan()
+		require.NoError(t, <-done)
+		require.True(t, r.stored().Committed)
+		require.Zero(t, *resets)
+	})
+}
+
+// A trial of the running firmware that has not begun can be called off, and
+// committed, whatever the clock says.
+func TestTrialOfTheRunning(t *testing.T) {
+	late := func() (time.Duration, error) { return time.Hour, nil }
+	r := newRig(t, fileGeometry(), ota.Options{BootClock: late})
+	r.update(2, 0)
+	r.boot()
+	require.NoError(t, r.dev.Commit(t.Context()))
+	again := &ota.SnapshotOptions{SetAsRevert: true, CommitTimeout: time.Minute}
+	_, err := r.dev.CreateSnapshot(t.Context(), again)
+	require.NoError(t, err)
+	require.NoError(t, r.dev.Revert(t.Context()))
+	s := r.stored()
+	require.Equal(t, ota.SlotID(1), s.Active)
+	require.True(t, s.Committed)
+	require.False(t, s.Slot(1).Rejected)
+	require.Equal(t, ota.ReasonRequested, s.Last.Reason)
+
+	_, err = r.dev.CreateSnapshot(t.Context(), again)
+	require.NoError(t, err)
+	require.NoError(t, r.dev.Commit(t.Context()))
+	require.True(t, r.stored().Committed)
+}
+
+// Hooks are for the first boot of a new firmware, not for a loss.
+func TestNoHookAfterLoss(t *testing.T) {
+	r := newRig(t, fileGeometry(), ota.Options{Hooks: []ota.Hook{{Name: "merge", Run: func(context.Context, ota.SlotID, ota.SlotID) error {
+		return errors.New("must not run")
+	}}}})
+	r.update(2, 0)
+	r.boot()
+	require.NoError(t, r.dev.Commit(t.Context()))
+	loseRecord(r)
+	r.boot()
+	require.NoError(t, r.dev.Watch(t.Context()))
 }

@@ -50,7 +50,7 @@
 //   - A firmware below the security floor is refused. Committing raises the
 //     floor in the same store that commits.
 //   - Operations exclude each other; the state can be read at any time.
-//   - A failed update leaves the boot state as it was.
+//   - After a failed update the boot state selects what it selected before.
 //
 // # Limits
 //

@@ -7,9 +7,8 @@ import (
 	"strings"
 )
 
-// Sentinel errors. Every refusal and failure of this package wraps exactly one
-// of them, or an error of the Flash, Bootloader or Image it called; test with
-// [errors.Is].
+// Sentinel errors. Every refusal and failure of this package wraps one of them,
+// or an error of the Flash, Bootloader or Image it called; test with [errors.Is].
 var (
 	ErrBusy          = errors.New("another operation is in progress")
 	ErrCommitted     = errors.New("the firmware is already committed")
@@ -59,20 +58,18 @@ type Error struct {
 func (e *Error) Error() string {
 	var b strings.Builder
 	b.WriteString("ota: ")
-	b.WriteString(e.Op)
+	if e.Op != "" {
+		b.WriteString(e.Op + ": ")
+	}
 	if e.Slot != NoSlot {
-		b.WriteString(": slot ")
-		b.WriteString(strconv.Itoa(int(e.Slot)))
+		b.WriteString("slot " + strconv.Itoa(int(e.Slot)) + ": ")
 	}
 	if e.Part != "" {
-		b.WriteString(": part ")
-		b.WriteString(Quote(e.Part))
+		b.WriteString("part " + Quote(e.Part) + ": ")
 	}
 	if e.Off >= 0 {
-		b.WriteString(": at byte ")
-		b.WriteString(strconv.FormatInt(e.Off, 10))
+		b.WriteString("at byte " + strconv.FormatInt(e.Off, 10) + ": ")
 	}
-	b.WriteString(": ")
 	b.WriteString(e.Err.Error())
 	return b.String()
 }

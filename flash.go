@@ -67,7 +67,9 @@ func EraseUnit(f Flash, off int64) (start, n int64) {
 	if !ok {
 		return 0, 0
 	}
-	n = e.EraseSize()
+	if n = e.EraseSize(); n <= 0 {
+		return 0, 0
+	}
 	start = off - off%n
 	return start, min(n, f.Size()-start)
 }

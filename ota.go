@@ -28,6 +28,7 @@ type Device struct {
 	free     chan struct{} // closed when busy ends
 	watching bool
 	state    BootState
+	unstored bool          // nothing was stored yet, state is made up
 	doubt    bool          // what is stored may differ from state
 	changed  chan struct{} // closed when state changes
 	event    Event
@@ -67,15 +68,16 @@ type Options struct {
 
 	// BootClock returns the time since the device booted, including time in
 	// suspend. nil means /proc/uptime where there is one, else the time since
-	// the package was first used, which a restart of the process restarts. An
-	// error during a trial reverts.
+	// Open, which a restart of the process restarts. An error during a trial
+	// reverts.
 	BootClock func() (time.Duration, error)
 	// Reset restarts the device. nil makes Reboot return ErrUnsupported.
 	Reset func(ctx context.Context) error
 
 	// OnEvent is told about every change of phase and, at most ten times per
 	// second, about progress. Calls come from the goroutine that does the
-	// work, one at a time, and delay it.
+	// work, one at a time, and delay it. They must not call a method of the
+	// Device that changes its state.
 	OnEvent func(Event)
 	// Logger gets a few lines for each operation; nil means silence.
 	Logger *slog.Logger
@@ -84,7 +86,8 @@ type Options struct {
 	BufferSize int
 }
 
-// Hook is something to be done on the first boot of a new firmware.
+// Hook is something to be done on the first boot of a new firmware. oldSlot is
+// the revert slot: after CreateSnapshot with SetAsRevert that is the snapshot.
 type Hook struct {
 	Name string
 	Run  func(ctx context.Context, newSlot, oldSlot SlotID) error
@@ -222,7 +225,7 @@ func Open(ctx context.Context, b Bootloader, slots []Slot, o *Options) (*Device,
 	if d.slot(d.running) == nil {
 		return nil, opErr(op, d.running, ErrUnknownSlot)
 	}
-	if d.state, err = d.load(ctx); err != nil {
+	if d.state, d.unstored, err = d.load(ctx); err != nil {
 		return nil, opErr(op, NoSlot, err)
 	}
 	if err := d.reconcile(ctx); ctx.Err() != nil {
@@ -246,18 +249,19 @@ func (d *Device) slot(id SlotID) *Slot {
 	return &d.slots[id]
 }
 
-// load loads the boot state, or makes up the one that stands for its absence.
-func (d *Device) load(ctx context.Context) (BootState, error) {
-	s, err := loadHealed(ctx, d.b)
+// load loads the boot state, or makes up the one that stands for its absence:
+// unstored if there never was any.
+func (d *Device) load(ctx context.Context) (s BootState, unstored bool, err error) {
+	s, err = loadHealed(ctx, d.b)
 	switch {
 	case errors.Is(err, ErrNoBootState):
-		return BootState{Active: d.running, Committed: true, Revert: NoSlot}, nil
+		return BootState{Active: d.running, Committed: true, Revert: NoSlot}, true, nil
 	case errors.Is(err, ErrBadBootState):
-		return lostState(d.running, NoSlot, 0), nil
+		return lostState(d.running, NoSlot, 0), false, nil
 	case err != nil:
-		return BootState{}, err
+		return BootState{}, false, err
 	}
-	return s, checkState(s, d.slots)
+	return s, false, checkState(s, d.slots)
 }
 
 // reconcile takes note of a fallback by the boot loader.
@@ -268,15 +272,16 @@ func (d *Device) reconcile(ctx context.Context) error {
 	}
 	var next BootState
 	switch {
-	case !s.Committed && s.Booted:
+	case s.lost():
+		// The slots take turns; the boot stage could not store whose it is.
+		next = lostState(d.running, s.Active, 0)
+	case !s.Committed && s.Booted, s.Committed && !s.Slot(d.running).Rejected:
 		next = s.reverted(ReasonBootloader, "", true)
-	case s.Committed && !s.Slot(d.running).Rejected:
-		next = s.reverted(ReasonBootloader, "", true)
+		next.Active = d.running
 	default:
 		// Installed or reverted, and the reboot has not happened yet.
 		return nil
 	}
-	next.Active, next.Revert, next.Committed = d.running, NoSlot, true
 	d.o.Logger.Warn("the boot loader fell back", "selected", s.Active, "running", d.running)
 	return d.store(ctx, next)
 }
@@ -301,7 +306,8 @@ func (d *Device) begin(ctx context.Context, op string, long bool) error {
 			return err
 		}
 		busy, wait := d.busy, d.free
-		refuse := long || d.busyLong
+		// During a trial what is long is about to be refused.
+		refuse := long || d.busyLong && d.state.Committed
 		d.mu.Unlock()
 		if refuse {
 			return fmt.Errorf("%s in progress: %w", busy, ErrBusy)
@@ -324,12 +330,19 @@ func (d *Device) end() {
 
 // resolve finds out what is stored after a failed store left it in doubt.
 func (d *Device) resolve(ctx context.Context) error {
-	s, err := d.load(ctx)
+	s, unstored, err := d.load(ctx)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrStateUnknown, err)
 	}
-	d.setState(s)
+	d.setState(s, unstored)
 	return nil
+}
+
+// fresh reports whether nothing was stored yet.
+func (d *Device) fresh() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.unstored
 }
 
 // current returns the boot state. Its slices are shared and never written to.
@@ -339,10 +352,10 @@ func (d *Device) current() BootState {
 	return d.state
 }
 
-func (d *Device) setState(s BootState) {
+func (d *Device) setState(s BootState, unstored bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.state, d.doubt = s, false
+	d.state, d.unstored, d.doubt = s, unstored, false
 	close(d.changed)
 	d.changed = make(chan struct{})
 }
@@ -353,18 +366,18 @@ func (d *Device) setState(s BootState) {
 func (d *Device) store(ctx context.Context, next BootState) error {
 	err := storeState(ctx, d.b, next)
 	if err == nil {
-		d.setState(next)
+		d.setState(next, false)
 		return nil
 	}
 	// Either state may be stored now: make it one of them for certain.
-	got, lerr := d.load(context.WithoutCancel(ctx))
+	got, unstored, lerr := d.load(context.WithoutCancel(ctx))
 	if lerr != nil {
 		d.mu.Lock()
 		d.doubt = true
 		d.mu.Unlock()
 		return fmt.Errorf("%w: %w", ErrStateUnknown, errors.Join(err, lerr))
 	}
-	d.setState(got)
+	d.setState(got, unstored)
 	if got.Equal(next) {
 		return nil
 	}
@@ -393,8 +406,8 @@ func storeState(ctx context.Context, b Bootloader, s BootState) error {
 //
 // Everything about the image and the device is checked before the first byte is
 // erased. If Update fails or ctx ends, the boot state selects what it selected
-// before, and only the slot being written has lost its content. Only the first
-// parts that a slot has are installed; others in the image are passed over.
+// before, and only the slot being written has lost its content. Parts of the
+// image that the slot does not have are passed over.
 func (d *Device) Update(ctx context.Context, img Image, o *UpdateOptions) (UpdateResult, error) {
 	const op = "update"
 	if o == nil {
@@ -484,7 +497,10 @@ func (d *Device) admit(s BootState, info *ImageInfo) error {
 	}
 	for i, p := range info.Parts {
 		if info.part(p.Name) != &info.Parts[i] {
-			return &Error{Slot: NoSlot, Part: p.Name, Off: -1, Err: fmt.Errorf("described twice: %w", ErrInvalid)}
+			return inPart(p.Name, fmt.Errorf("described twice: %w", ErrInvalid))
+		}
+		if p.SHA256 == nil && !info.Unsigned {
+			return inPart(p.Name, fmt.Errorf("signed, but without a digest: %w", ErrUnverified))
 		}
 	}
 	return nil
@@ -696,7 +712,8 @@ func (w *slotWriter) holds(ctx context.Context, st *SlotState, i int, p Part, wa
 
 // forget makes next and the stored boot state forget what the slot holds.
 func (w *slotWriter) forget(ctx context.Context, next *BootState) error {
-	known := len(next.Slot(w.id).Parts) > 0 || next.Revert == w.id
+	// If nothing is stored any slot may be started.
+	known := len(next.Slot(w.id).Parts) > 0 || next.Revert == w.id || w.d.fresh()
 	next.setSlot(w.id, SlotState{})
 	if next.Revert == w.id {
 		next.Revert = NoSlot

@@ -9,6 +9,7 @@ import (
 	"io"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/slotota/ota"
@@ -464,8 +465,15 @@ func TestSnapshotOfMutablePart(t *testing.T) {
 	r.install(2)
 	_, err := r.Slots[1].Parts[1].Flash.WriteAt([]byte("settings"), 2900)
 	require.NoError(t, err)
-	r.boot()
-	require.Equal(t, ota.SlotID(1), r.h.Slot, "the running firmware may write to its file system")
+	_, err = r.Slots[1].Parts[1].Flash.WriteAt([]byte("more settings"), 5)
+	require.NoError(t, err)
+	require.NoError(t, r.Restart())
+	h, err := ota.Boot(t.Context(), r.Record, r.Slots, nil)
+	require.NoError(t, err)
+	require.Equal(t, ota.SlotID(1), h.Slot, "the running firmware may write to its file system")
+	r.Running = 1
+	r.dev, err = ota.Open(t.Context(), r.Record, r.Slots, &r.o)
+	require.NoError(t, err)
 	slot, err := r.dev.CreateSnapshot(t.Context(), nil)
 	require.NoError(t, err)
 	got := make([]byte, 8)
@@ -490,7 +498,8 @@ func ptr[T any](v T) *T { return &v }
 
 func TestSetBootState(t *testing.T) {
 	type patch = ota.BootStatePatch
-	// Slot 1 runs version 2, committed; slot 0 holds version 3, reverted.
+	// Slot 1 runs version 2, committed; slot 0 holds version 3, reverted; slot 2
+	// a snapshot of version 2.
 	for name, tc := range map[string]struct {
 		patch patch
 		want  error
@@ -500,11 +509,13 @@ func TestSetBootState(t *testing.T) {
 		"as it is":               {patch{Active: ptr(ota.SlotID(1)), Committed: ptr(true), Revert: ptr(ota.NoSlot)}, nil, ""},
 		"trial":                  {patch{Active: ptr(ota.SlotID(0)), CommitTimeout: ptr(time.Minute)}, nil, `{"active_slot":0,"is_committed":false,"revert_slot":1,"commit_timeout":60}`},
 		"trial, spelled out":     {patch{ptr(ota.SlotID(0)), ptr(false), ptr(ota.SlotID(1)), nil}, nil, `{"active_slot":0,"is_committed":false,"revert_slot":1,"commit_timeout":0}`},
-		"trial of the running":   {patch{Committed: ptr(false), Revert: ptr(ota.SlotID(0))}, nil, `{"active_slot":1,"is_committed":false,"revert_slot":0,"commit_timeout":0}`},
-		"revert slot":            {patch{Revert: ptr(ota.SlotID(0))}, nil, `{"active_slot":1,"is_committed":true,"revert_slot":0,"commit_timeout":0}`},
+		"revert to rejected":     {patch{Committed: ptr(false), Revert: ptr(ota.SlotID(0))}, ota.ErrUnverifiedSlot, ""},
+		"rejected revert slot":   {patch{Revert: ptr(ota.SlotID(0))}, ota.ErrUnverifiedSlot, ""},
+		"trial of the running":   {patch{Committed: ptr(false), Revert: ptr(ota.SlotID(2))}, nil, `{"active_slot":1,"is_committed":false,"revert_slot":2,"commit_timeout":0}`},
+		"revert slot":            {patch{Revert: ptr(ota.SlotID(2))}, nil, `{"active_slot":1,"is_committed":true,"revert_slot":2,"commit_timeout":0}`},
 		"committed unseen":       {patch{Active: ptr(ota.SlotID(0)), Committed: ptr(true)}, ota.ErrInvalid, ""},
 		"other revert":           {patch{Active: ptr(ota.SlotID(0)), Revert: ptr(ota.SlotID(0))}, ota.ErrInvalid, ""},
-		"unknown slot":           {patch{Active: ptr(ota.SlotID(2))}, ota.ErrUnknownSlot, ""},
+		"unknown slot":           {patch{Active: ptr(ota.SlotID(3))}, ota.ErrUnknownSlot, ""},
 		"negative slot":          {patch{Active: ptr(ota.SlotID(-1))}, ota.ErrUnknownSlot, ""},
 		"unknown revert":         {patch{Revert: ptr(ota.SlotID(7))}, ota.ErrUnknownSlot, ""},
 		"revert to itself":       {patch{Revert: ptr(ota.SlotID(1))}, ota.ErrInvalid, ""},
@@ -513,13 +524,18 @@ func TestSetBootState(t *testing.T) {
 		"bad timeout":            {patch{Active: ptr(ota.SlotID(0)), CommitTimeout: ptr(-time.Second)}, ota.ErrInvalid, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, fileGeometry(), ota.Options{})
+			g := fileGeometry()
+			g.Slots = 3
+			r := newRig(t, g, ota.Options{})
 			r.install(2)
-			r.update(3, 0)
+			slot, err := r.dev.CreateSnapshot(t.Context(), nil)
+			require.NoError(t, err)
+			require.Equal(t, ota.SlotID(2), slot)
+			require.Equal(t, ota.SlotID(0), r.update(3, 0).Slot)
 			r.boot()
 			r.boot()
 			before := r.state()
-			err := r.dev.SetBootState(t.Context(), tc.patch)
+			err = r.dev.SetBootState(t.Context(), tc.patch)
 			if tc.want != nil {
 				require.ErrorIs(t, err, tc.want)
 				require.True(t, r.stored().Equal(before))
@@ -597,28 +613,41 @@ func TestIgnoreSameVersion(t *testing.T) {
 	require.False(t, r.update(2, 0).Same, "unless asked for, the same is installed again")
 }
 
-// Images without a digest are measured.
+// Unsigned images may lack a digest, and are measured.
 func TestImageWithoutDigest(t *testing.T) {
 	r := newRig(t, fileGeometry(), ota.Options{})
-	_, err := r.dev.Update(t.Context(), &sim.Image{V: 2, Mutate: func(i *ota.ImageInfo) { i.Parts[0].SHA256 = nil }}, nil)
+	bare := func(i *ota.ImageInfo) { i.Parts[0].SHA256 = nil }
+	_, err := r.dev.Update(t.Context(), &sim.Image{V: 2, Mutate: bare}, nil)
+	require.ErrorIs(t, err, ota.ErrUnverified, "a signature says nothing about such a part")
+	_, err = r.dev.Update(t.Context(), &sim.Image{V: 2, Mutate: func(i *ota.ImageInfo) {
+		bare(i)
+		i.SignedBy, i.Unsigned = nil, true
+	}}, nil)
 	require.NoError(t, err)
 	require.Equal(t, sha256.Sum256(sim.Content(2, "app")), r.state().Slot(1).Parts[0].SHA256)
 	r.boot()
 	require.True(t, r.h.Verified)
 }
 
+type zeroErase struct{ ota.Flash }
+
+func (zeroErase) EraseSize() int64       { return 0 }
+func (zeroErase) Erase(_, _ int64) error { return nil }
+
 func TestOpenRefusals(t *testing.T) {
-	f := memflash.New(memflash.Config{Size: 10})
 	slot := func(names ...string) (s ota.Slot) {
 		for _, n := range names {
-			s.Parts = append(s.Parts, ota.Part{Name: n, Flash: f})
+			s.Parts = append(s.Parts, ota.Part{Name: n, Flash: memflash.New(memflash.Config{Size: 10})})
 		}
 		return s
 	}
+	shared := slot("app")
 	for name, slots := range map[string][]ota.Slot{
 		"none":          nil,
 		"one":           {slot("app")},
 		"too many":      make([]ota.Slot, ota.MaxSlots+1),
+		"shared flash":  {shared, shared},
+		"no erase size": {slot("app"), {Parts: []ota.Part{{Name: "app", Flash: zeroErase{shared.Parts[0].Flash}}}}},
 		"no parts":      {slot("app"), slot()},
 		"no flash":      {slot("app"), {Parts: []ota.Part{{Name: "app"}}}},
 		"no name":       {slot("app"), slot("")},
@@ -762,4 +791,139 @@ func TestBootStateJSON(t *testing.T) {
 		_, err := ota.ParseTrialID(bad)
 		require.ErrorIs(t, err, ota.ErrInvalid, bad)
 	}
+}
+
+// A snapshot that would lack a part of the running firmware is none.
+func TestSnapshotOfMoreParts(t *testing.T) {
+	g := fileGeometry()
+	g.Slots = 3
+	r := newRig(t, g, ota.Options{})
+	r.Slots[0].ReadOnly = true
+	r.Slots[1].Parts = r.Slots[1].Parts[:1]
+	r.Slots[2].Parts = r.Slots[2].Parts[:1]
+	dev, err := ota.Open(t.Context(), r.Record, r.Slots, &r.o)
+	require.NoError(t, err)
+	_, err = dev.CreateSnapshot(t.Context(), nil)
+	require.ErrorIs(t, err, ota.ErrIncomplete)
+}
+
+// While a reboot is pending nothing else starts.
+func TestRebootPending(t *testing.T) {
+	r := newRig(t, fileGeometry(), ota.Options{})
+	r.update(2, 0)
+	r.boot()
+	require.NoError(t, r.dev.Revert(t.Context()))
+	_, err := r.dev.CreateSnapshot(t.Context(), nil)
+	require.ErrorIs(t, err, ota.ErrRebootPending)
+	require.ErrorIs(t, r.dev.SetBootState(t.Context(), ota.BootStatePatch{Active: ptr(ota.SlotID(1))}), ota.ErrRebootPending)
+}
+
+// Before anything is erased the stored state ceases to point there, also where
+// only the absence of a state pointed there.
+func TestForgetsBeforeErasing(t *testing.T) {
+	d, err := sim.New(fileGeometry())
+	require.NoError(t, err)
+	// The factory used slot 1; slot 0 is empty, and the boot stage can tell.
+	for i, p := range []string{"app", "fs"} {
+		require.NoError(t, d.Chip.Poke(2+i, sim.Content(1, p), 0))
+		require.NoError(t, d.Chip.Poke(i, make([]byte, d.Slots[0].Parts[i].Flash.Size()), 0))
+	}
+	begun := func(_ context.Context, id ota.SlotID) error {
+		b := make([]byte, 4)
+		if err := d.Chip.Peek(2*int(id), b, 0); err != nil {
+			return err
+		}
+		if bytes.Equal(b, make([]byte, 4)) {
+			return errRefused
+		}
+		return nil
+	}
+	h, err := ota.Boot(t.Context(), d.Record, d.Slots, &ota.BootOptions{Check: begun})
+	require.NoError(t, err)
+	require.Equal(t, ota.SlotID(1), h.Slot)
+	d.Running = h.Slot
+	dev, err := ota.Open(t.Context(), d.Record, d.Slots, &ota.Options{Platform: "sim", Product: "demo", BufferSize: 512})
+	require.NoError(t, err)
+	d.Chip.OnOp(func(op memflash.Op) {
+		if op.Flash == 0 && op.Kind == memflash.OpWrite && op.Off > 512 {
+			d.Chip.PowerOff(memflash.LoseNone, 0)
+		}
+	})
+	_, err = dev.Update(t.Context(), &sim.Image{V: 2}, nil)
+	require.ErrorIs(t, err, memflash.ErrPowerOff)
+	d.Chip.OnOp(nil)
+	require.NoError(t, d.Restart())
+	h, err = ota.Boot(t.Context(), d.Record, d.Slots, &ota.BootOptions{Check: begun})
+	require.NoError(t, err)
+	require.Equal(t, ota.SlotID(1), h.Slot)
+
+	// A revert slot that is information only is forgotten as well.
+	g := fileGeometry()
+	g.Slots = 3
+	r := newRig(t, g, ota.Options{})
+	r.install(2)
+	_, err = r.dev.CreateSnapshot(t.Context(), nil)
+	require.NoError(t, err)
+	require.NoError(t, r.dev.SetBootState(t.Context(), ota.BootStatePatch{Revert: ptr(ota.SlotID(2))}))
+	r.Slots[0].ReadOnly = true
+	r.boot()
+	_, err = r.dev.Update(t.Context(), &sim.Image{V: 3, Wrap: func(string, io.Reader) io.Reader { return errReader{io.ErrNoProgress} }}, nil)
+	require.ErrorIs(t, err, io.ErrNoProgress)
+	require.Equal(t, ota.NoSlot, r.stored().Revert)
+}
+
+// Bytes behind the image are found by the read-back.
+func TestBytesBehindTheImage(t *testing.T) {
+	r := newRig(t, sim.Geometries()[0], ota.Options{})
+	r.o.OnEvent = func(e ota.Event) {
+		if e.Phase == ota.PhaseWriting && e.Part == "fs" && e.Done == e.Total {
+			require.NoError(t, r.Chip.FlipBit(2, 8000, 0))
+		}
+	}
+	r.boot()
+	_, err := r.dev.Update(t.Context(), &sim.Image{V: 2}, nil)
+	require.ErrorIs(t, err, ota.ErrVerify)
+}
+
+// A trial needs something to go back to that can be verified.
+func TestTrialMeasuresTheRunning(t *testing.T) {
+	r := newRig(t, fileGeometry(), ota.Options{})
+	r.update(2, 0)
+	s := r.state()
+	require.NoError(t, r.dev.Revert(t.Context()))
+	s = s.Clone()
+	s.Active, s.Revert, s.Committed, s.Slots[0] = 0, ota.NoSlot, true, ota.SlotState{}
+	require.NoError(t, r.Record.Store(t.Context(), s))
+	r.boot()
+	require.NoError(t, r.dev.SetBootState(t.Context(), ota.BootStatePatch{Active: ptr(ota.SlotID(1))}))
+	require.Len(t, r.stored().Slot(0).Parts, 2)
+	require.True(t, r.stored().Slot(0).Approved)
+}
+
+// Progress is reported ten times per second at most, and at its end.
+func TestEventRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		writing := 0
+		o := ota.Options{BufferSize: 64, OnEvent: func(e ota.Event) {
+			if e.Phase == ota.PhaseWriting && e.Part == "app" {
+				writing++
+			}
+		}}
+		r := newRig(t, fileGeometry(), o)
+		slow := func(p string, rd io.Reader) io.Reader { return &slowReader{rd, 25 * time.Millisecond} }
+		_, err := r.dev.Update(t.Context(), &sim.Image{V: 2, Wrap: slow}, nil)
+		require.NoError(t, err)
+		n := (len(sim.Content(2, "app")) + 63) / 64
+		require.InDelta(t, n/4+1, writing, 2)
+	})
+}
+
+type slowReader struct {
+	io.Reader
+	d time.Duration
+}
+
+func (s *slowReader) Read(p []byte) (int, error) {
+	<-time.After(s.d)
+	return s.Reader.Read(p)
 }

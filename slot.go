@@ -2,6 +2,7 @@ package ota
 
 import (
 	"fmt"
+	"reflect"
 	"slices"
 	"strconv"
 )
@@ -59,6 +60,7 @@ func checkSlots(slots []Slot) error {
 		return fmt.Errorf("%d slots: need 2 to %d: %w", len(slots), MaxSlots, ErrInvalid)
 	}
 	var model *Slot // the first writable slot
+	var seen []Flash
 	for i := range slots {
 		s := &slots[i]
 		if len(s.Parts) == 0 || len(s.Parts) > MaxParts {
@@ -72,6 +74,14 @@ func checkSlots(slots []Slot) error {
 				return fmt.Errorf("slot %d: part %s: no flash: %w", i, Quote(p.Name), ErrInvalid)
 			case s.index(p.Name) != j:
 				return fmt.Errorf("slot %d: two parts named %s: %w", i, Quote(p.Name), ErrInvalid)
+			case reflect.TypeOf(p.Flash).Comparable() && slices.Contains(seen, p.Flash):
+				return fmt.Errorf("slot %d: part %s: its flash is that of another part: %w", i, Quote(p.Name), ErrInvalid)
+			}
+			if e, ok := p.Flash.(Eraser); ok && e.EraseSize() <= 0 {
+				return fmt.Errorf("slot %d: part %s: erase size %d: %w", i, Quote(p.Name), e.EraseSize(), ErrInvalid)
+			}
+			if reflect.TypeOf(p.Flash).Comparable() {
+				seen = append(seen, p.Flash)
 			}
 		}
 		if s.ReadOnly {

@@ -13,7 +13,8 @@ import (
 //
 // The running firmware must be committed. Parts are copied to the length that
 // was installed; mutable ones, and those of a firmware that was never measured,
-// whole. If a part changes while it is copied, the error wraps ErrChanged.
+// whole. If a mutable part changes while it is copied the error wraps ErrChanged,
+// if another one is not what was installed ErrDigest.
 func (d *Device) CreateSnapshot(ctx context.Context, o *SnapshotOptions) (SlotID, error) {
 	const op = "snapshot"
 	if o == nil {
@@ -53,6 +54,9 @@ func (d *Device) snapshot(ctx context.Context, setAsRevert bool, timeout time.Du
 	target, err := d.target(s, func(id SlotID) (bool, error) { return d.holds(s, id, &info) })
 	if err != nil {
 		return NoSlot, err
+	}
+	if len(d.slots[target].Parts) != len(img.slot.Parts) {
+		return target, ErrIncomplete // a part would be missing from the copy
 	}
 	w.id = target
 	if st.Parts, err = w.fill(ctx, img, &info, &next, &UpdateResult{}); err != nil {

@@ -128,8 +128,8 @@ func (r *Record) acquire(ctx context.Context) error {
 func (r *Record) release() { <-r.sem }
 
 // Load implements [ota.Bootloader]. It writes nothing. Nothing was ever stored if
-// all copies are blank or, of three or more, all but one: that is what a power cut
-// leaves of the first store.
+// all copies but one, or all, are blank: that is what a power cut leaves of the
+// first store.
 func (r *Record) Load(ctx context.Context) (ota.BootState, error) {
 	if err := r.acquire(ctx); err != nil {
 		return ota.BootState{}, err
@@ -358,11 +358,11 @@ func newest(cs []content) (int, error) {
 	switch {
 	case read != nil:
 		return -1, read
-	case bad != nil && blanks(cs) < max(2, len(cs)-1):
+	case bad != nil && blanks(cs) < len(cs)-1:
 		return -1, bad
 	}
-	// One damaged copy beside two or more blank ones is the first store of all,
-	// cut off: once a store has succeeded, no two copies are blank at a time.
+	// One damaged copy beside blank ones is the first store of all, cut off: after
+	// that, at least one copy is neither blank nor torn at any time.
 	return -1, fmt.Errorf("bootrecord: %d of %d copies are blank: %w", blanks(cs), len(cs), ota.ErrNoBootState)
 }
 
