@@ -327,9 +327,7 @@ func TestWatchCommitsAgain(t *testing.T) {
 func TestTrialOfTheRunning(t *testing.T) {
 	late := func() (time.Duration, error) { return time.Hour, nil }
 	r := newRig(t, fileGeometry(), ota.Options{BootClock: late})
-	r.update(2, 0)
-	r.boot()
-	require.NoError(t, r.dev.Commit(t.Context()))
+	r.install(2)
 	again := &ota.SnapshotOptions{SetAsRevert: true, CommitTimeout: time.Minute}
 	_, err := r.dev.CreateSnapshot(t.Context(), again)
 	require.NoError(t, err)
@@ -351,10 +349,29 @@ func TestNoHookAfterLoss(t *testing.T) {
 	r := newRig(t, fileGeometry(), ota.Options{Hooks: []ota.Hook{{Name: "merge", Run: func(context.Context, ota.SlotID, ota.SlotID) error {
 		return errors.New("must not run")
 	}}}})
-	r.update(2, 0)
-	r.boot()
-	require.NoError(t, r.dev.Commit(t.Context()))
+	r.install(2)
 	loseRecord(r)
 	r.boot()
 	require.NoError(t, r.dev.Watch(t.Context()))
+}
+
+// A commit that comes too late is refused, also if nobody watches.
+func TestLateCommitWithoutWatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, _ := onTrial(t, time.Minute, ota.Options{})
+		<-time.After(time.Minute)
+		require.ErrorIs(t, r.dev.Commit(t.Context()), ota.ErrExpired)
+		require.False(t, r.stored().Committed)
+	})
+}
+
+// A committed firmware is not reverted, also if there were a slot to go back to.
+func TestRevertOfCommitted(t *testing.T) {
+	r := newRig(t, fileGeometry(), ota.Options{})
+	r.install(2)
+	slot, err := r.dev.CreateSnapshot(t.Context(), nil)
+	require.NoError(t, err)
+	require.NoError(t, r.dev.SetBootState(t.Context(), ota.BootStatePatch{Revert: &slot}))
+	require.ErrorIs(t, r.dev.Revert(t.Context()), ota.ErrCommitted)
+	require.Equal(t, ota.SlotID(1), r.stored().Active)
 }

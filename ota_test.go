@@ -927,3 +927,20 @@ func (s *slowReader) Read(p []byte) (int, error) {
 	<-time.After(s.d)
 	return s.Reader.Read(p)
 }
+
+// A write or erase that fails is reported as what it is and where it was.
+func TestWriteErrors(t *testing.T) {
+	for kind, word := range map[memflash.OpKind]string{memflash.OpWrite: "write", memflash.OpErase: "erase", memflash.OpSync: ""} {
+		r := newRig(t, sim.Geometries()[0], ota.Options{BufferSize: 512})
+		r.install(2)
+		f := memflash.Fault{Kind: memflash.Fail, On: kind, Flash: 0, Len: 8 << 10}
+		if kind == memflash.OpSync {
+			f.Len, f.At = 0, r.Chip.Ops()+20
+		}
+		r.Chip.Plan(f)
+		_, err := r.dev.Update(t.Context(), &sim.Image{V: 3}, nil)
+		require.ErrorIs(t, err, memflash.ErrFault)
+		require.Contains(t, err.Error(), word)
+		require.Zero(t, r.Chip.Pending())
+	}
+}
