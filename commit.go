@@ -218,6 +218,9 @@ func (d *Device) watch(ctx context.Context) error {
 		if rerr == nil {
 			break
 		}
+		if cur := d.current(); cur.Committed || cur.Trial != s.Trial {
+			return d.verdict(s.Trial) // and something else is already under way
+		}
 	}
 	// Also if the revert could not be stored: the boot stage cannot store
 	// either, then, and does not start what it cannot count.

@@ -5,17 +5,19 @@ go 1.26.0
 replace github.com/slotota/ota => ..
 
 require (
+	github.com/anishathalye/porcupine v1.3.1
 	github.com/mongoose-os/mos v0.0.0-20230313140341-b44964e63a92
+	github.com/rogpeppe/go-internal v1.16.0
 	github.com/slotota/ota v0.0.0
 	github.com/spf13/pflag v1.0.5
 	github.com/stretchr/testify v1.12.1
+	pgregory.net/rapid v1.3.0
 )
 
 require (
 	cloud.google.com/go v0.97.0 // indirect
 	cloud.google.com/go/pubsub v1.3.1 // indirect
 	github.com/BurntSushi/toml v1.4.1-0.20240526193622-a339e1f7089c // indirect
-	github.com/anishathalye/porcupine v1.3.1 // indirect
 	github.com/cesanta/go-serial v0.0.0-20170105152649-4dff7aff019e // indirect
 	github.com/eclipse/paho.mqtt.golang v1.1.2-0.20181011101702-c95f2f508baf // indirect
 	github.com/go-logr/logr v1.1.0 // indirect
@@ -42,7 +44,6 @@ require (
 	google.golang.org/protobuf v1.27.1 // indirect
 	honnef.co/go/tools v0.8.2 // indirect
 	k8s.io/klog/v2 v2.20.0 // indirect
-	pgregory.net/rapid v1.3.0 // indirect
 )
 
 tool (
