@@ -14,6 +14,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 	"testing/iotest"
 
@@ -319,7 +320,7 @@ func TestParseKey(t *testing.T) {
 	require.Equal(t, "5e9f7fe4685bc5c19c58ded22bec56a62dd6dffd3ff24a9f24ee604ae3cd9403", id)
 
 	pem := string(load(t, "k0.pub.pem"))
-	for _, s := range []string{"", "x", k0[:100], k0[1:], k0[:80] + "AAAA" + k0[84:], pem + pem, pem[:60]} {
+	for _, s := range []string{"", "x", k0[:100], k0[1:], k0[:80] + "AAAA" + k0[84:], strings.Replace(k0, "Q==", "R==", 1), pem + pem, pem[:60]} {
 		_, err := bundle.ParseKey([]byte(s))
 		require.ErrorIs(t, err, ota.ErrInvalid, s)
 	}

@@ -43,9 +43,10 @@ type Manifest struct {
 	// Parts has names that are unique after case folding.
 	Parts []Part
 	// Security is the security version, the member "security" of the top
-	// level member "ota", which Mongoose OS ignores.
+	// level member "ota", which Mongoose OS ignores. 0 is the same as none.
 	Security uint64
-	// Extra holds all other top level members, and "ota" whole.
+	// Extra holds all other top level members, and "ota" whole. What it says
+	// about "security" is not written: Security is.
 	Extra map[string]json.RawMessage
 
 	raw []byte
@@ -372,17 +373,21 @@ func (m *Manifest) MarshalJSON() ([]byte, error) {
 		}
 	}
 	o.set("parts", parts.marshal())
-	if m.Security != 0 {
-		var own object
-		if b := m.Extra["ota"]; b != nil {
-			ms, err := strictjson.Members(b)
-			if err != nil {
-				return nil, because(ErrManifest, "member \"ota\": %w", err)
-			}
-			own = ms
+	var own object
+	if b := m.Extra["ota"]; b != nil {
+		ms, err := strictjson.Members(b)
+		if err != nil {
+			return nil, because(ErrManifest, "member \"ota\": %w", err)
 		}
+		own = ms
+	}
+	if m.Security != 0 {
 		own.set("security", strconv.AppendUint(nil, m.Security, 10))
 		o.set("ota", own.marshal())
+	} else if own.remove("security") {
+		if o.remove("ota"); len(own) > 0 {
+			o.set("ota", own.marshal())
+		}
 	}
 	o.sort(topOrder)
 	return o.marshal(), nil
@@ -439,6 +444,13 @@ func (o *object) set(name string, value []byte) {
 		}
 	}
 	*o = append(*o, strictjson.Member{Name: name, Value: value})
+}
+
+// remove removes a member and reports whether there was one.
+func (o *object) remove(name string) bool {
+	n := len(*o)
+	*o = slices.DeleteFunc(*o, func(m strictjson.Member) bool { return m.Name == name })
+	return len(*o) < n
 }
 
 // sort puts the members named by first in front, in its order, and the others

@@ -19,7 +19,9 @@ import (
 	"github.com/slotota/ota/internal/strictjson"
 )
 
-// MaxKeys is the number of signatures that a bundle has room for.
+// MaxKeys bounds the indices of signatures, and thus the keys of a [Policy]. Only
+// four signatures at a time fit into what devices read of a bundle's directory,
+// 512 bytes per entry, and [Write] makes no bundle with more.
 const MaxKeys = 8
 
 // Policy says which bundles are accepted. The zero value and nil accept none. It must
@@ -183,7 +185,7 @@ func (p *Policy) verify(manifest []byte, sigs *[MaxKeys]string) (signers []strin
 	}
 	need := p.need(all)
 	switch {
-	case all != 0 && good != 0 && good&need == need && len(distinct) >= p.Threshold:
+	case good != 0 && good&need == need && len(distinct) >= p.Threshold:
 		return signers, nil
 	case bad != nil:
 		return nil, bad

@@ -29,8 +29,10 @@ type File interface {
 // WriteOptions configure [Write]. The zero value writes an unsigned bundle.
 type WriteOptions struct {
 	// Keys are the P-256 private keys to sign with; the index of a key is that
-	// of its signature, and nil leaves an index out. Signatures by an
-	// *ecdsa.PrivateKey are deterministic (RFC 6979).
+	// of its signature, and nil leaves an index out. There is room for four
+	// signatures, fewer beside long Attrs or a long Dir; more are an error that
+	// wraps [ErrHeaderTooLong]. Signatures by an *ecdsa.PrivateKey are
+	// deterministic (RFC 6979).
 	Keys []crypto.Signer
 	// Attrs are further members of the extra field that carries signatures.
 	// No signature covers them.

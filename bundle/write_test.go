@@ -135,6 +135,78 @@ func TestWriteAndRead(t *testing.T) {
 	require.ErrorIs(t, bundle.Write(t.Context(), io.Discard, m, files, o), bundle.ErrHeaderTooLong)
 }
 
+// Security is what counts, also if it is lowered to 0.
+func TestSecurityLowered(t *testing.T) {
+	for own, want := range map[string]string{
+		`{"security":3}`:                       "",
+		`{"later":[1],"security":3,"also":{}}`: `{"later":[1],"also":{}}`,
+		`{"security":0}`:                       "",
+		`{"later":true}`:                       `{"later":true}`,
+		`{}`:                                   `{}`,
+	} {
+		m, err := bundle.ParseManifest([]byte(`{"parts":{"a":{"size":1,"fill":0}},"ota":` + own + `}`))
+		require.NoError(t, err)
+		for _, v := range []uint64{5, 0} {
+			m.Security = v
+			var b bytes.Buffer
+			require.NoError(t, bundle.Write(t.Context(), &b, m, nil, nil))
+			r, err := lax.Verify(t.Context(), &b)
+			require.NoError(t, err)
+			require.Equal(t, v, r.Info().Security, own)
+			if v == 0 && want == "" {
+				require.NotContains(t, r.Manifest().Extra, "ota")
+			} else if v == 0 {
+				require.JSONEq(t, want, string(r.Manifest().Extra["ota"]))
+			}
+		}
+		require.Equal(t, own, string(m.Extra["ota"]), "is not changed")
+	}
+	m := &bundle.Manifest{Parts: []bundle.Part{{Name: "a", Size: 1, Fill: new(byte)}}, Extra: map[string]json.RawMessage{"ota": []byte("5")}}
+	require.ErrorIs(t, bundle.Write(t.Context(), io.Discard, m, nil, nil), bundle.ErrManifest)
+}
+
+// Two signatures by one key are not two.
+func TestThresholdCountsKeys(t *testing.T) {
+	k, other := newKey(t), newKey(t)
+	p := &bundle.Policy{Keys: []*ecdsa.PublicKey{&k.PublicKey, &k.PublicKey, &other.PublicKey}, Threshold: 2}
+	m := &bundle.Manifest{Parts: []bundle.Part{{Name: "a", Size: 1, Fill: new(byte)}}}
+	for name, c := range map[string]struct {
+		keys []crypto.Signer
+		err  error
+	}{
+		"one key":          {[]crypto.Signer{k}, bundle.ErrUnsigned},
+		"the same, twice":  {[]crypto.Signer{k, k}, bundle.ErrUnsigned},
+		"two keys":         {[]crypto.Signer{k, nil, other}, nil},
+		"two, and another": {[]crypto.Signer{k, k, other}, nil},
+	} {
+		var b bytes.Buffer
+		require.NoError(t, bundle.Write(t.Context(), &b, m, nil, &bundle.WriteOptions{Keys: c.keys}))
+		_, err := p.Open(t.Context(), &b)
+		require.ErrorIs(t, err, c.err, name)
+	}
+}
+
+// The unused bits at the end of base64 are 0 (RFC 4648, section 3.5).
+func TestSignatureBase64(t *testing.T) {
+	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+	k := newKey(t)
+	p := &bundle.Policy{Keys: []*ecdsa.PublicKey{&k.PublicKey}}
+	a := good()
+	for {
+		a.entries[0].extra = sign(t, k, a.entries[0].data)
+		if strings.Contains(a.entries[0].extra, "=") { // the length of a signature varies
+			break
+		}
+	}
+	_, err := p.Open(t.Context(), bytes.NewReader(a.bytes()))
+	require.NoError(t, err)
+	head, tail, _ := strings.Cut(a.entries[0].extra, "=")
+	last := strings.IndexByte(alphabet, head[len(head)-1])
+	a.entries[0].extra = head[:len(head)-1] + alphabet[last+1:last+2] + "=" + tail
+	_, err = p.Open(t.Context(), bytes.NewReader(a.bytes()))
+	require.ErrorIs(t, err, bundle.ErrSignature)
+}
+
 func hexOf(b []byte) string {
 	const digits = "0123456789abcdef"
 	var s strings.Builder

@@ -46,7 +46,7 @@ type Args struct {
 }
 
 // parseParams reads parameters that stand alone: any JSON value, or nothing. As in
-// a frame, an object may end early between two members.
+// a frame, an object may lack its last brace.
 func parseParams(b []byte, depth int) (token, error) {
 	s := scanner{b: b, depth: depth}
 	c := s.peek()
@@ -55,9 +55,7 @@ func parseParams(b []byte, depth int) (token, error) {
 	}
 	start := s.i
 	v, err := s.value()
-	var se *syntaxError
-	var me *memberError
-	if c == '{' && errors.As(err, &se) && !errors.As(err, &me) {
+	if err != nil && c == '{' && harmless(err) {
 		return token{kindObject, b[start:]}, nil
 	}
 	return v, err
@@ -98,10 +96,7 @@ func (a *Args) find(name string) token {
 			found = v
 		}
 	})
-	// A text that merely ends after a member is complete enough, as in the
-	// original. A damaged value is not: it might be the one looked for.
-	var me *memberError
-	if errors.As(err, &me) || errors.Is(err, errTooDeep) {
+	if !harmless(err) { // what is missing might be what is looked for
 		if a.err == nil {
 			a.err = &ArgError{"", "well-formed arguments", "an error at " + err.Error()}
 		}

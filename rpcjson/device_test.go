@@ -18,6 +18,7 @@ import (
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/boot/bootrecord"
 	"github.com/slotota/ota/bundle"
+	"github.com/slotota/ota/fetch"
 	"github.com/slotota/ota/flash/memflash"
 	"github.com/slotota/ota/rpcjson"
 )
@@ -58,7 +59,7 @@ func newBoard(t *testing.T) *board {
 	require.NoError(t, err)
 	policy := &bundle.Policy{AllowUnsigned: true, AllowSHA1: true}
 	b.srv, err = rpcjson.New(b.dev, rpcjson.Options{
-		ID: "esp32_123456", NoAuth: true, AllowHTTP: true,
+		ID: "esp32_123456", NoAuth: true, AllowHTTP: true, Fetch: &fetch.Policy{AllowLoopback: true},
 		Open: func(ctx context.Context, r io.Reader) (ota.Image, error) { return policy.Image(ctx, r) },
 	})
 	require.NoError(t, err)

@@ -43,13 +43,14 @@ type frame struct {
 	params   token
 	auth     []byte
 	// paramsErr says that the parameters are damaged: the device of the
-	// original would run the method without them.
-	paramsErr error
+	// original would run the method without them. broken says that the frame
+	// is, so that there may have been parameters.
+	paramsErr, broken error
 }
 
 // parseFrame decodes a request (mongoose-os-libs/rpc-common, src/mg_rpc.c). The
-// members before a syntax error count. The error wraps ErrInvalidFrame. The frame
-// refers to b.
+// members before a syntax error count, but see paramsErr and broken. The error
+// wraps ErrInvalidFrame. The frame refers to b.
 func parseFrame(b []byte, depth int) (frame, error) {
 	var f frame
 	var known, badID bool
@@ -89,6 +90,8 @@ func parseFrame(b []byte, depth int) (frame, error) {
 		return frame{}, fmt.Errorf("%w: %w", ErrInvalidFrame, err)
 	case errors.As(err, &me) && (string(me.key) == "params" || string(me.key) == "args"):
 		f.paramsErr = me.err
+	case !harmless(err):
+		f.broken = err
 	}
 	switch {
 	case !known && err != nil:

@@ -168,6 +168,82 @@ func TestDamagedParams(t *testing.T) {
 	require.Empty(t, d.log())
 }
 
+// What changes something must not run on half of a frame. A frame, like its
+// parameters, may lack what closes it, but nothing else.
+func TestBrokenFrames(t *testing.T) {
+	const head = `{"src":"t","id":1,"method":"`
+	for rest, want := range map[string]string{
+		`'params':{"commit_timeout":300}}`:           "need a member name",
+		`'params':{"commit_timeout":300}`:            "need a member name",
+		`"par`:                                       "need a closing quote",
+		`"params"`:                                   "need a colon",
+		``:                                           "need a member name",
+		`;"params":{"commit_timeout":300}}`:          "need a member name",
+		`"x":tru`:                                    "need true",
+		`"x":{"y":1`:                                 "need a member name",
+		`"params":{"set_as_revert":true},'x':1}`:     "need a member name",
+		`"params":{"set_as_revert":true},"x":1,`:     "need a member name",
+		`"params":{"set_as_revert":true,'a':1}}`:     "need a member name",
+		`"params":{"set_as_revert":true`:             "need a member name",
+		`"params":{"set_as_revert":true}`:            "",
+		`"params":{"set_as_revert":true,} `:          "",
+		`params:{"set_as_revert":true "x":1} "y":[]`: "",
+	} {
+		d := newFake()
+		s := newTest(t, d, nil)
+		got, err := s.Call(context.Background(), testPeer, []byte(head+`OTA.CreateSnapshot",`+rest))
+		require.NoError(t, err)
+		if want == "" {
+			require.Contains(t, string(got), `"result":{"slot": 1}`, rest)
+			require.True(t, d.snap.SetAsRevert)
+			continue
+		}
+		require.Contains(t, string(got), `"error":{"code":400,"message":"bad request: `, rest)
+		require.Contains(t, string(got), want, rest)
+		require.Empty(t, d.log(), rest)
+
+		// Looking is harmless, unless the parameters themselves are damaged.
+		got, err = s.Call(context.Background(), testPeer, []byte(head+`OTA.GetBootState",`+rest))
+		require.NoError(t, err)
+		damaged := strings.HasPrefix(rest, `"params":{"set_as_revert":true,'`) || rest == `"params":{"set_as_revert":true`
+		require.Equal(t, damaged, strings.Contains(string(got), `"error":{"code":400,`), "%s: %s", rest, got)
+	}
+}
+
+// Parameters that stand alone may lack their last brace only.
+func TestBrokenParams(t *testing.T) {
+	for params, ok := range map[string]bool{
+		`{"set_as_revert":true`:                         true,
+		" {\"x\":{},\"set_as_revert\":true \r\n":        true,
+		`{"set_as_revert":true,}`:                       true,
+		`{"set_as_revert":true}junk`:                    true,
+		`{`:                                             false,
+		`{"set_as_revert":true,`:                        false,
+		`{"set_as_revert":true,"commit_ti`:              false,
+		`{"set_as_revert":true,"commit_timeout"`:        false,
+		`{"set_as_revert":true,"commit_timeout":`:       false,
+		`{"set_as_revert":true,'commit_timeout':300}`:   false,
+		`{"set_as_revert":true;"commit_timeout":300}`:   false,
+		`{"set_as_revert":true,"commit_timeout":{"a":1`: false,
+	} {
+		d := newFake()
+		s := newTest(t, d, nil)
+		w := try(s, "POST", "/rpc/OTA.CreateSnapshot", params, nil)
+		a := &Args{tok: token{kindObject, []byte(strings.TrimSpace(params))}, depth: 16}
+		v, _ := a.Bool("set_as_revert")
+		require.Equal(t, ok, v, params)
+		if ok {
+			require.Equal(t, 200, w.Code, params)
+			require.True(t, d.snap.SetAsRevert)
+			require.NoError(t, a.Err(), params)
+			continue
+		}
+		require.Contains(t, w.Body.String(), `{"code":400,"message":"bad request: params: byte `, params)
+		require.Empty(t, d.log(), params)
+		require.ErrorContains(t, a.Err(), "well-formed arguments", params)
+	}
+}
+
 func TestArgVectors(t *testing.T) {
 	// Where the original ignores or garbles what it gets, and this does not.
 	strict := map[string]string{
@@ -296,9 +372,13 @@ func TestArgs(t *testing.T) {
 	require.Equal(t, 1017, len(a.Raw()))
 
 	// Base64 whose slashes came escaped.
+	a = args(`{"data":"eB=="}`)
+	_, given := a.Bytes("data")
+	require.False(t, given, "bits that are lost")
+	require.Error(t, a.Err())
 	a = args(`{"data":"\/\/\/\/"}`)
-	b, given := a.Bytes("data")
-	require.True(t, given)
+	b, ok := a.Bytes("data")
+	require.True(t, ok)
 	require.Equal(t, []byte{0xff, 0xff, 0xff}, b)
 
 	// Damage inside a value, depth, and damage between members.
@@ -336,6 +416,7 @@ func FuzzFrame(f *testing.F) {
 	for _, c := range a.Cases {
 		f.Add([]byte(`{"id":1,"method":"m","params":` + c.JSON + `}`))
 	}
+	f.Add([]byte("{\"id\":\"\ufffd\\ufffd\\ud800\xff\",\"method\":\"m\"}"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		start := time.Now()
 		fr, err := parseFrame(b, 16)
@@ -352,7 +433,7 @@ func FuzzFrame(f *testing.F) {
 		require.False(t, bytes.ContainsFunc(reply, func(r rune) bool { return r < ' ' || r >= 0x7f }), "%q", reply)
 		back, err := parseFrame(reply, 16)
 		require.NoError(t, err)
-		require.Equal(t, strings.ToValidUTF8(fr.id, ""), strings.ReplaceAll(back.id, "\ufffd", ""))
+		require.Equal(t, string([]rune(fr.id)), back.id, "what is no UTF-8 becomes U+FFFD")
 		require.True(t, json.Valid(appendError(nil, errorf(1, "%s", fr.method))))
 		if fr.paramsErr == nil {
 			args := Args{tok: fr.params, depth: 16}

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"sync"
@@ -18,16 +20,18 @@ import (
 
 // fakeDevice is a device whose answers a test sets.
 type fakeDevice struct {
-	mu      sync.Mutex
-	state   ota.BootState
-	busy    string
-	errs    map[string]error // by method
-	calls   []string
-	got     []byte // what the last update read
-	opts    ota.UpdateOptions
-	snap    ota.SnapshotOptions
-	patch   ota.BootStatePatch
-	reboots []time.Time
+	mu       sync.Mutex
+	state    ota.BootState
+	busy     string
+	errs     map[string]error // by method
+	calls    []string
+	got      []byte // what the last update read
+	opts     ota.UpdateOptions
+	snap     ota.SnapshotOptions
+	patch    ota.BootStatePatch
+	reboots  []time.Time
+	progress float64
+	pending  bool
 	// update replaces the reading of the image.
 	update func(ctx context.Context, r io.Reader) (ota.UpdateResult, error)
 }
@@ -109,7 +113,7 @@ func (d *fakeDevice) SetBootState(_ context.Context, p ota.BootStatePatch) error
 func (d *fakeDevice) Status() ota.Status {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return ota.Status{State: d.state, Busy: d.busy}
+	return ota.Status{State: d.state, Busy: d.busy, Progress: d.progress, RebootPending: d.pending}
 }
 func (d *fakeDevice) Reboot(context.Context) error {
 	d.mu.Lock()
@@ -171,4 +175,45 @@ func readVectors(t testing.TB, name string, v any) {
 	b, err := os.ReadFile(filepath.Join("testdata", name))
 	require.NoError(t, err)
 	require.NoError(t, json.Unmarshal(b, v))
+}
+
+// pipeNet is a network within a test, so that time can be virtual.
+type pipeNet struct {
+	conns chan net.Conn
+	done  chan struct{}
+}
+
+// servePipes runs srv until the test ends.
+func servePipes(t testing.TB, srv *http.Server) *pipeNet {
+	t.Helper()
+	n := &pipeNet{make(chan net.Conn), make(chan struct{})}
+	ended := make(chan error, 1)
+	go func() { ended <- srv.Serve(n) }()
+	t.Cleanup(func() {
+		require.NoError(t, srv.Close())
+		require.ErrorIs(t, <-ended, http.ErrServerClosed)
+	})
+	return n
+}
+
+func (n *pipeNet) Accept() (net.Conn, error) {
+	select {
+	case c := <-n.conns:
+		return c, nil
+	case <-n.done:
+		return nil, net.ErrClosed
+	}
+}
+func (n *pipeNet) Close() error   { close(n.done); return nil }
+func (n *pipeNet) Addr() net.Addr { return &net.UnixAddr{Name: "test"} }
+
+// send opens a connection and sends text on it.
+func (n *pipeNet) send(t testing.TB, text string) net.Conn {
+	t.Helper()
+	mine, theirs := net.Pipe()
+	t.Cleanup(func() { mine.Close() })
+	n.conns <- theirs
+	_, err := io.WriteString(mine, text)
+	require.NoError(t, err)
+	return mine
 }

@@ -33,14 +33,17 @@ const (
 // Frames may also be posted to / and /rpc/. A frame is answered 200, also for an
 // error, except that missing credentials are answered 401; a frame that wants no
 // reply is answered 204. A bare call that fails is answered with the error object
-// and status 401, 403 or 404 if that is the code, else 500. (mongoose-os-libs/
-// rpc-common, src/mg_rpc_channel_http.c.)
+// and status 401, 403 or 404 if that is the code, 503 if too many calls are being
+// served, else 500. A call that outlasts the context of the request is answered
+// 503, although it may go on. (mongoose-os-libs/rpc-common,
+// src/mg_rpc_channel_http.c.)
 //
-// Whatever a web page could have sent is refused with 403: the Host must be an
-// address, localhost or in AllowHosts, Origin and Sec-Fetch-Site must not be
-// foreign, and a POST must have the Content-Type application/json (415). GET is
-// refused with 405 for methods that change something. No CORS header is ever
-// sent.
+// A web page must not be able to change anything: the Host must be an address,
+// localhost or in AllowHosts, and Origin and Sec-Fetch-Site must not be foreign
+// (403), a POST must have the Content-Type application/json (415), and GET is
+// refused for methods that need more than Read (405), but see AllowGET of
+// [Options]. What a page can do is to cause a GET of the others; it does not get
+// to see the answer, as no CORS header is ever sent.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
@@ -55,8 +58,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	if e := s.checkBrowser(r); e != nil {
-		s.log.Warn("rpc denied", "channel", "HTTP", "peer", r.RemoteAddr, "err", e)
-		s.answerError(w, e.Code, e)
+		s.deny(w, r, e)
 		return
 	}
 	name, ok := strings.CutPrefix(r.URL.Path, "/rpc/")
@@ -79,6 +81,11 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+func (s *Server) deny(w http.ResponseWriter, r *http.Request, e *Error) {
+	s.log.Warn("rpc denied", "channel", "HTTP", "peer", r.RemoteAddr, "err", e)
+	s.answerError(w, e.Code, e)
+}
+
 func (s *Server) refuseMethod(w http.ResponseWriter) {
 	w.Header().Set("Allow", "POST, OPTIONS")
 	s.answerError(w, http.StatusMethodNotAllowed, errorf(405, "use POST"))
@@ -95,9 +102,7 @@ func (s *Server) checkBrowser(r *http.Request) *Error {
 	case len(o) == 0:
 	case len(o) > 1:
 		return errorf(403, "more than one Origin")
-	case slices.ContainsFunc(s.o.AllowOrigins, func(a string) bool {
-		return strings.EqualFold(strings.TrimSuffix(a, "/"), strings.TrimSuffix(o[0], "/"))
-	}):
+	case s.originAllowed(o[0]):
 		foreign = true
 	case !sameOrigin(o[0], r):
 		return errorf(403, "Origin %s is not allowed", ota.Quote(o[0]))
@@ -105,6 +110,26 @@ func (s *Server) checkBrowser(r *http.Request) *Error {
 	for _, site := range r.Header.Values("Sec-Fetch-Site") {
 		if site != "same-origin" && site != "none" && !foreign {
 			return errorf(403, "Sec-Fetch-Site %s is not allowed", ota.Quote(site))
+		}
+	}
+	return nil
+}
+
+// originAllowed reports whether origin is one of AllowOrigins.
+func (s *Server) originAllowed(origin string) bool {
+	return slices.ContainsFunc(s.o.AllowOrigins, func(a string) bool {
+		return strings.EqualFold(strings.TrimSuffix(a, "/"), strings.TrimSuffix(origin, "/"))
+	})
+}
+
+// checkReferer returns the error to be answered if r says that it was caused by a
+// page that is none of this device's. That is all that can tell with a GET over
+// plain HTTP, and a page may leave it out.
+func (s *Server) checkReferer(r *http.Request) *Error {
+	for _, ref := range r.Header.Values("Referer") {
+		u, err := url.Parse(ref)
+		if err != nil || !s.originAllowed(u.Scheme+"://"+u.Host) && !sameOrigin(u.Scheme+"://"+u.Host, r) {
+			return errorf(403, "Referer %s is not allowed", ota.Quote(ref))
 		}
 	}
 	return nil
@@ -152,7 +177,7 @@ func (s *Server) servePost(w http.ResponseWriter, r *http.Request, name string) 
 		return
 	}
 	if name != "" {
-		f := frame{id: "1", method: name}
+		f := frame{method: name}
 		f.params, f.paramsErr = parseParams(body, s.o.MaxDepth)
 		s.serveBare(w, r, &f)
 		return
@@ -168,7 +193,7 @@ func (s *Server) servePost(w http.ResponseWriter, r *http.Request, name string) 
 		s.write(w, http.StatusNoContent, nil)
 		return
 	}
-	result, after, callErr, err := s.callHTTP(r, &f)
+	result, after, callErr, err := s.callHTTP(w, r, &f)
 	if err != nil {
 		s.unanswered(w, err)
 		return
@@ -187,12 +212,17 @@ func (s *Server) servePost(w http.ResponseWriter, r *http.Request, name string) 
 }
 
 func (s *Server) serveGet(w http.ResponseWriter, r *http.Request, name string) {
-	m := s.method(name)
-	if m != nil && m.right != Read && !slices.ContainsFunc(s.o.AllowGET, func(a string) bool { return strings.EqualFold(a, m.name) }) {
-		s.refuseMethod(w)
-		return
+	if m := s.method(name); m != nil && m.right != Read {
+		if !slices.ContainsFunc(s.o.AllowGET, func(a string) bool { return strings.EqualFold(a, m.name) }) {
+			s.refuseMethod(w)
+			return
+		}
+		if e := s.checkReferer(r); e != nil {
+			s.deny(w, r, e)
+			return
+		}
 	}
-	f := frame{id: "1", method: name}
+	f := frame{method: name}
 	if len(r.URL.RawQuery) > s.o.MaxFrame {
 		s.answerError(w, http.StatusRequestURITooLong, errorf(414, "query of %d bytes, at most %d", len(r.URL.RawQuery), s.o.MaxFrame))
 		return
@@ -237,7 +267,7 @@ func queryParams(query string, depth int) ([]byte, error) {
 
 // serveBare serves a call whose answer is the result alone.
 func (s *Server) serveBare(w http.ResponseWriter, r *http.Request, f *frame) {
-	result, after, callErr, err := s.callHTTP(r, f)
+	result, after, callErr, err := s.callHTTP(w, r, f)
 	switch {
 	case err != nil:
 		s.unanswered(w, err)
@@ -259,29 +289,36 @@ func (s *Server) serveBare(w http.ResponseWriter, r *http.Request, f *frame) {
 	}
 }
 
-func (s *Server) callHTTP(r *http.Request, f *frame) (result []byte, after func(), callErr *Error, err error) {
+func (s *Server) callHTTP(w http.ResponseWriter, r *http.Request, f *frame) (result []byte, after func(), callErr *Error, err error) {
 	if !s.acquire() {
 		return nil, nil, errOverflow, nil
 	}
+	// The request has come; a time limit for it would cut a long call short.
+	_ = http.NewResponseController(w).SetReadDeadline(time.Time{})
 	return s.call(r.Context(), &Peer{Channel: "HTTP", Addr: r.RemoteAddr, Request: r}, f)
 }
 
-// unanswered ends an exchange whose call has no outcome.
+// unanswered ends an exchange whose call has no outcome: the client has gone, the
+// context of the request has ended for another reason, or the server is closed.
 func (s *Server) unanswered(w http.ResponseWriter, err error) {
+	text := "the call was given up; it may still be going on"
 	if errors.Is(err, ErrClosed) {
-		s.answerError(w, http.StatusServiceUnavailable, errorf(503, "shutting down"))
+		text = "shutting down"
 	}
-	// Else the client has gone.
+	s.answerError(w, http.StatusServiceUnavailable, errorf(503, "%s", text))
 }
 
 // readBody reads the body of r within limits of size, number and time.
 func (s *Server) readBody(w http.ResponseWriter, r *http.Request) ([]byte, *Error) {
+	if r.ContentLength == 0 {
+		return nil, nil
+	}
+	// Also for what net/http reads of it after an error. Servers without
+	// deadlines (tests, other protocols) have their own.
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(readTimeout))
 	limit := int64(s.o.MaxFrame)
 	if r.ContentLength > limit {
 		return nil, errorf(413, "body of %d bytes, at most %d", r.ContentLength, limit)
-	}
-	if r.ContentLength == 0 {
-		return nil, nil
 	}
 	select {
 	case s.reading <- struct{}{}:
@@ -289,11 +326,6 @@ func (s *Server) readBody(w http.ResponseWriter, r *http.Request) ([]byte, *Erro
 	default:
 		w.Header().Set("Retry-After", "1")
 		return nil, errorf(503, "%s", errOverflow.Message)
-	}
-	c := http.NewResponseController(w)
-	// Servers without deadlines (tests, other protocols) have their own.
-	if c.SetReadDeadline(time.Now().Add(readTimeout)) == nil {
-		defer func() { _ = c.SetReadDeadline(time.Time{}) }()
 	}
 	b := make([]byte, 0, max(512, r.ContentLength+1))
 	for {

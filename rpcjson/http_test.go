@@ -4,9 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/tls"
 	"encoding/json"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -157,116 +155,6 @@ func try(s *Server, method, target, body string, change func(*http.Request)) *ht
 	w := httptest.NewRecorder()
 	s.ServeHTTP(w, r)
 	return w
-}
-
-func TestBrowserDefence(t *testing.T) {
-	type header = map[string]string
-	for i, c := range []struct {
-		method, host, path string
-		h                  header
-		want               int
-	}{
-		// Names.
-		{"POST", "192.168.1.2", "/rpc", nil, 200},
-		{"POST", "192.168.1.2:8080", "/rpc", nil, 200},
-		{"POST", "[fe80::1]", "/rpc", nil, 200},
-		{"POST", "[fe80::1%eth0]:80", "/rpc", nil, 200},
-		{"POST", "::1", "/rpc", nil, 200},
-		{"POST", "localhost", "/rpc", nil, 200},
-		{"POST", "LOCALHOST:80", "/rpc", nil, 200},
-		{"POST", "device", "/rpc", nil, 200},
-		{"POST", "Device.:80", "/rpc", nil, 200},
-		{"POST", "", "/rpc", nil, 403},
-		{"POST", ".", "/rpc", nil, 403},
-		{"POST", "evil.example", "/rpc", nil, 403},
-		{"POST", "device.evil.example", "/rpc", nil, 403},
-		{"POST", "127.0.0.1.evil.example", "/rpc", nil, 403},
-		{"POST", "localhost.evil.example", "/rpc", nil, 403},
-		{"POST", "2130706433", "/rpc", nil, 403},
-		{"POST", "0x7f.1", "/rpc", nil, 403},
-		{"GET", "evil.example", "/rpc/OTA.GetBootState", nil, 403},
-		{"OPTIONS", "evil.example", "/rpc/OTA.GetBootState", nil, 403},
-		// Origins.
-		{"POST", "192.168.1.2", "/rpc", header{"Origin": "http://192.168.1.2"}, 200},
-		{"POST", "192.168.1.2:81", "/rpc", header{"Origin": "http://192.168.1.2:81"}, 200},
-		{"POST", "192.168.1.2", "/rpc", header{"Origin": "https://192.168.1.2"}, 200},
-		{"POST", "192.168.1.2", "/rpc", header{"Origin": "https://api.cesanta.com/"}, 200},
-		{"POST", "192.168.1.2", "/rpc", header{"Origin": "https://api.cesanta.com"}, 200},
-		{"POST", "192.168.1.2", "/rpc", header{"Origin": "https://api.cesanta.com.evil.example"}, 403},
-		{"POST", "192.168.1.2", "/rpc", header{"Origin": "http://api.cesanta.com"}, 403},
-		{"POST", "192.168.1.2", "/rpc", header{"Origin": "null"}, 403},
-		{"POST", "192.168.1.2", "/rpc", header{"Origin": ""}, 403},
-		{"POST", "192.168.1.2", "/rpc", header{"Origin": "http://192.168.1.2:81"}, 403},
-		{"POST", "192.168.1.2", "/rpc", header{"Origin": "http://192.168.1.3"}, 403},
-		{"POST", "192.168.1.2", "/rpc", header{"Origin": "http://192.168.1.2@evil.example"}, 403},
-		{"POST", "192.168.1.2", "/rpc", header{"Origin": "http://x@192.168.1.2"}, 403},
-		{"POST", "192.168.1.2", "/rpc", header{"Origin": "file://"}, 403},
-		{"POST", "192.168.1.2", "/rpc", header{"Origin": "chrome-extension://192.168.1.2"}, 403},
-		{"GET", "192.168.1.2", "/rpc/OTA.Status", header{"Origin": "http://evil.example"}, 403},
-		// Sec-Fetch-Site.
-		{"POST", "192.168.1.2", "/rpc", header{"Sec-Fetch-Site": "same-origin", "Origin": "http://192.168.1.2"}, 200},
-		{"GET", "192.168.1.2", "/rpc/OTA.Status", header{"Sec-Fetch-Site": "none"}, 200},
-		{"GET", "192.168.1.2", "/rpc/OTA.Status", header{"Sec-Fetch-Site": "cross-site"}, 403},
-		{"GET", "192.168.1.2", "/rpc/OTA.Status", header{"Sec-Fetch-Site": "same-site"}, 403},
-		{"GET", "192.168.1.2", "/rpc/OTA.Status", header{"Sec-Fetch-Site": "new-value"}, 403},
-		{"POST", "192.168.1.2", "/rpc", header{"Sec-Fetch-Site": "cross-site", "Origin": "https://api.cesanta.com"}, 200},
-		// Content types.
-		{"POST", "192.168.1.2", "/rpc", header{"Content-Type": "application/json; charset=utf-8"}, 200},
-		{"POST", "192.168.1.2", "/rpc", header{"Content-Type": "APPLICATION/JSON"}, 200},
-		{"POST", "192.168.1.2", "/rpc", header{"Content-Type": ""}, 415},
-		{"POST", "192.168.1.2", "/rpc", header{"Content-Type": "text/plain"}, 415},
-		{"POST", "192.168.1.2", "/rpc", header{"Content-Type": "application/x-www-form-urlencoded"}, 415},
-		{"POST", "192.168.1.2", "/rpc", header{"Content-Type": "multipart/form-data; boundary=x"}, 415},
-		{"POST", "192.168.1.2", "/rpc", header{"Content-Type": "text/plain; application/json"}, 415},
-		{"POST", "192.168.1.2", "/rpc/OTA.GetBootState", header{"Content-Type": "text/plain"}, 415},
-		// Methods and paths.
-		{"OPTIONS", "192.168.1.2", "/rpc", nil, 200},
-		{"GET", "192.168.1.2", "/rpc", nil, 405},
-		{"HEAD", "192.168.1.2", "/rpc/OTA.Status", nil, 405},
-		{"PUT", "192.168.1.2", "/rpc/OTA.Status", nil, 405},
-		{"DELETE", "192.168.1.2", "/rpc", nil, 405},
-		{"GET", "192.168.1.2", "/rpc/OTA.Commit", nil, 405},
-		{"GET", "192.168.1.2", "/rpc/ota.update", nil, 405},
-		{"GET", "192.168.1.2", "/rpc/Sys.Reboot", nil, 405},
-		{"GET", "192.168.1.2", "/rpc/Nope", nil, 404},
-		{"POST", "192.168.1.2", "/", nil, 200},
-		{"POST", "192.168.1.2", "/rpc/", nil, 200},
-		{"POST", "192.168.1.2", "/other", nil, 404},
-		{"POST", "192.168.1.2", "/rpcx", nil, 404},
-	} {
-		name := fmt.Sprintf("%d %s %s %s %v", i, c.method, c.host, c.path, c.h)
-		d := newFake()
-		s := newTest(t, d, func(o *Options) { o.AllowOrigins = []string{"https://api.cesanta.com/"} })
-		w := try(s, c.method, "http://h"+c.path, good, func(r *http.Request) {
-			r.Host = c.host
-			for k, v := range c.h {
-				r.Header.Set(k, v)
-			}
-		})
-		require.Equal(t, c.want, w.Code, "%s: %s", name, w.Body)
-		for k := range w.Header() {
-			require.NotContains(t, k, "Access-Control", name)
-		}
-		require.Equal(t, strconv.Itoa(w.Body.Len()), w.Header().Get("Content-Length"), name)
-		if c.want != 200 {
-			require.Empty(t, d.log(), name)
-			require.Contains(t, w.Body.String(), fmt.Sprintf(`{"code":%d,"message":"`, c.want), name)
-		}
-	}
-
-	// Two Origins; and with TLS the page must have come over TLS.
-	s := newTest(t, newFake(), nil)
-	w := try(s, "POST", "/rpc", good, func(r *http.Request) {
-		r.Header["Origin"] = []string{"http://192.168.1.2", "http://192.168.1.2"}
-	})
-	require.Equal(t, 403, w.Code)
-	for origin, want := range map[string]int{"http://192.168.1.2": 403, "https://192.168.1.2": 200} {
-		w := try(s, "POST", "/rpc", good, func(r *http.Request) {
-			r.TLS = &tls.ConnectionState{}
-			r.Header.Set("Origin", origin)
-		})
-		require.Equal(t, want, w.Code)
-	}
 }
 
 // DNS rebinding: the same connection, first the device's address, then a
@@ -446,9 +334,10 @@ func TestHTTPReplyBeforeReboot(t *testing.T) {
 	require.Eventually(t, func() bool { return runtime.NumGoroutine() <= before }, 10*time.Second, 5*time.Millisecond, "goroutines are left")
 }
 
-// 10^4 requests from 50 clients: memory and goroutines stay bounded.
+// 10^4 requests from 50 clients are answered or refused, and leave nothing behind.
 func TestHTTPLoad(t *testing.T) {
 	s := newTest(t, newFake(), nil)
+	before := runtime.NumGoroutine()
 	var wg sync.WaitGroup
 	bad := make(chan int, 10000)
 	for range 50 {
@@ -464,6 +353,186 @@ func TestHTTPLoad(t *testing.T) {
 	require.Empty(t, bad)
 	require.Empty(t, s.pending)
 	require.Empty(t, s.reading)
+	require.Eventually(t, func() bool { return runtime.NumGoroutine() <= before+1 }, 10*time.Second, 5*time.Millisecond, "goroutines are left")
+}
+
+// Headers that every answer has.
+func TestHTTPHeaders(t *testing.T) {
+	s := newTest(t, newFake(), nil)
+	for _, c := range []struct {
+		method, path, body string
+		status             int
+	}{
+		{"POST", "/rpc", good, 200},
+		{"POST", "/rpc", `{"method":"OTA.Status"}`, 204},
+		{"POST", "/rpc", `{"method":"OTA.Write"}`, 204}, // fails, and wants no reply
+		{"POST", "/rpc", "garbage", 400},
+		{"GET", "/rpc/OTA.Status", "", 200},
+		{"GET", "/rpc/OTA.Commit", "", 405},
+		{"GET", "/other", "", 404},
+		{"OPTIONS", "/rpc", "", 200},
+	} {
+		w := try(s, c.method, c.path, c.body, nil)
+		require.Equal(t, c.status, w.Code, c.path)
+		require.Equal(t, "nosniff", w.Header().Get("X-Content-Type-Options"), c.path)
+		require.Equal(t, "no-store", w.Header().Get("Cache-Control"), c.path)
+	}
+}
+
+// waiting registers a method that ends with err after d, or when its context does.
+func waiting(t testing.TB, s *Server, d time.Duration, err error) {
+	t.Helper()
+	require.NoError(t, s.Handle("Slow", "", Read, func(ctx context.Context, _ *Request) (any, error) {
+		select {
+		case <-time.After(d):
+			return "done", err
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}))
+}
+
+// A call that was given up is no success.
+func TestHTTPGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newTest(t, newFake(), nil)
+		waiting(t, s, time.Hour, nil)
+		for _, c := range [][3]string{{"POST", "/rpc/Slow", ""}, {"GET", "/rpc/Slow", ""}, {"POST", "/rpc", `{"id":1,"method":"Slow"}`}, {"POST", "/rpc", `{"method":"Slow"}`}} {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			w := try(s, c[0], c[1], c[2], func(r *http.Request) { *r = *r.WithContext(ctx) })
+			cancel()
+			require.Equal(t, 503, w.Code)
+			require.Equal(t, `{"code":503,"message":"the call was given up; it may still be going on"}`+"\r\n", w.Body.String())
+		}
+	})
+}
+
+// readReply reads the answer to a request of the given method.
+func readReply(t testing.TB, c net.Conn, method string) (status int, body string) {
+	t.Helper()
+	res, err := http.ReadResponse(bufio.NewReader(c), &http.Request{Method: method})
+	require.NoError(t, err)
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	require.NoError(t, err)
+	return res.StatusCode, string(b)
+}
+
+// The time limits of the http.Server are for requests and answers, not for what
+// goes on between them.
+func TestHTTPServerTimeouts(t *testing.T) {
+	for _, head := range []string{
+		"POST /rpc/Slow HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 0\r\n",
+		"POST /rpc/Slow HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 2\r\n",
+		"GET /rpc/Slow HTTP/1.1\r\n",
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s := newTest(t, newFake(), nil)
+			waiting(t, s, time.Hour, nil)
+			n := servePipes(t, &http.Server{Handler: s, ReadTimeout: time.Second, WriteTimeout: 2 * time.Second})
+			text := head + "Host: 127.0.0.1\r\n\r\n"
+			if strings.Contains(head, "Length: 2") {
+				text += "{}"
+			}
+			start := time.Now()
+			method, _, _ := strings.Cut(head, " ")
+			status, body := readReply(t, n.send(t, text), method)
+			require.Equal(t, 200, status, head)
+			require.Equal(t, "\"done\"\r\n", body, head)
+			require.Equal(t, time.Hour, time.Since(start))
+		})
+	}
+}
+
+// Clients that stop sending or reading do not stay.
+func TestHTTPDeadlines(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newTest(t, newFake(), nil)
+		served := make(chan time.Time, 1)
+		n := servePipes(t, &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			s.ServeHTTP(w, r)
+			served <- time.Now()
+		})})
+		start := time.Now()
+		c := n.send(t, "POST /rpc HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+		status, _ := readReply(t, c, "POST")
+		require.Equal(t, 400, status)
+		require.Equal(t, readTimeout, (<-served).Sub(start), "body")
+
+		start = time.Now()
+		c = n.send(t, "POST /rpc HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: keep-alive\r\nContent-Type: application/json\r\nContent-Length: 200000\r\n\r\n")
+		status, _ = readReply(t, c, "POST")
+		require.Equal(t, 413, status)
+		require.Equal(t, readTimeout, (<-served).Sub(start), "body that is not wanted")
+
+		start = time.Now()
+		n.send(t, "GET /rpc/OTA.Status HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+		require.Equal(t, writeTimeout, (<-served).Sub(start), "answer")
+		require.Empty(t, s.reading)
+		require.Empty(t, s.pending)
+	})
+}
+
+// The time until the reboot counts from when the client has its answer.
+func TestHTTPRebootAfterAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newFake()
+		s := newTest(t, d, nil)
+		n := servePipes(t, &http.Server{Handler: s})
+		c := n.send(t, "POST /rpc/Sys.Reboot HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 0\r\n\r\n")
+		time.Sleep(5 * time.Second)
+		require.Zero(t, d.rebootCount())
+		start := time.Now()
+		status, body := readReply(t, c, "POST")
+		require.Equal(t, 200, status)
+		require.Equal(t, "null\r\n", body)
+		time.Sleep(time.Second)
+		require.Len(t, d.rebootTimes(), 1)
+		require.Equal(t, rebootDelay, d.rebootTimes()[0].Sub(start))
+	})
+}
+
+// A page can make a browser GET anything; only the Referer may give it away.
+func TestAllowGET(t *testing.T) {
+	for referer, want := range map[string]int{
+		"":                                     200, // a browser need not send one
+		"http://192.168.1.2/page?x#y":          200,
+		"https://192.168.1.2/":                 200,
+		"https://api.cesanta.com/any/page":     200, // in AllowOrigins
+		"http://evil.example/":                 403,
+		"http://192.168.1.2.evil.example/":     403,
+		"http://192.168.1.2@evil.example/":     403,
+		"http://192.168.1.2:81/":               403,
+		"http://api.cesanta.com/":              403,
+		"https://api.cesanta.com.evil.example": 403,
+		"about:blank":                          403,
+		"/rpc":                                 403,
+		"%":                                    403,
+	} {
+		d := newFake()
+		s := newTest(t, d, func(o *Options) {
+			o.AllowGET = []string{"OTA.Revert"}
+			o.AllowOrigins = []string{"https://api.cesanta.com/"}
+		})
+		set := func(r *http.Request) {
+			if referer != "" {
+				r.Header.Set("Referer", referer)
+			}
+		}
+		w := try(s, "GET", "/rpc/ota.revert", "", set)
+		require.Equal(t, want, w.Code, referer)
+		if want == 403 {
+			require.Contains(t, w.Body.String(), `{"code":403,"message":"Referer `, referer)
+			require.Empty(t, d.log(), referer)
+		}
+		require.Equal(t, 200, try(s, "GET", "/rpc/OTA.Status", "", set).Code, "looking is no danger")
+		require.Equal(t, 405, try(s, "GET", "/rpc/OTA.Commit", "", set).Code)
+	}
+	s := newTest(t, newFake(), func(o *Options) { o.AllowGET = []string{"OTA.Revert"} })
+	w := try(s, "GET", "/rpc/OTA.Revert", "", func(r *http.Request) {
+		r.Header["Referer"] = []string{"http://192.168.1.2/", "http://evil.example/"}
+	})
+	require.Equal(t, 403, w.Code)
 }
 
 // roundTrip is a transport without a network.

@@ -84,11 +84,11 @@ func (s *Server) sysGetUID(context.Context, *Request) (any, error) {
 
 func (s *Server) sysReboot(_ context.Context, r *Request) (any, error) {
 	abort, _ := r.Args.Bool("abort")
-	ms, given := r.Args.Int("delay_ms", math.MinInt32, math.MaxInt32)
+	ms, given := r.Args.Int("delay_ms", math.MinInt64, math.MaxInt64)
 	switch {
 	case r.Args.Err() != nil:
 		return nil, r.Args.Err()
-	case ms < 0:
+	case ms < 0 || ms > maxDelay.Milliseconds():
 		return nil, errorf(400, "invalid delay value")
 	case abort:
 		return nil, errorf(400, "abort is not supported")
@@ -132,7 +132,7 @@ func (s *Server) otaRevert(ctx context.Context, r *Request) (any, error) {
 		return err
 	})
 	if err == nil {
-		r.after = func() { s.rebootIn(revertDelay) }
+		r.after = func() { s.rebootSooner(revertDelay) }
 	}
 	return nil, decided(err)
 }
@@ -243,10 +243,7 @@ const (
 )
 
 func (s *Server) otaStatus(context.Context, *Request) (any, error) {
-	s.mu.Lock()
-	u := s.update
-	s.mu.Unlock()
-	return s.status(u), nil
+	return s.status(s.current()), nil
 }
 
 // status returns the result of OTA.Status as of update u, nil if there was none.
@@ -312,7 +309,11 @@ const (
 	resultSig     = -18
 )
 
-var errTimedOut = errorf(resultTimeout, "Update timed out")
+// Why an update was ended.
+var (
+	errTimedOut error = errorf(resultTimeout, "Update timed out")
+	errEnded    error = errorf(resultEnd, "Unexpected end of data") // by OTA.End
+)
 
 // outcome returns code and text for the error of an update. Errors that know
 // better have a method MongooseCode.

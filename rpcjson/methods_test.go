@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -56,6 +57,8 @@ func TestDecisions(t *testing.T) {
 		{"RPC.Describe", `{"name":"ota.write"}`, "", nil, `"result":{"name": "OTA.Write", "args_fmt": "{offset: %ld, data: %V}"}`},
 		{"Sys.GetUID", "", "", nil, `"result":{"pid": "p", "app": "demo", "uid": "u"}`},
 		{"Sys.Reboot", `{"delay_ms":-1}`, "", nil, fail(400, "invalid delay value")},
+		{"Sys.Reboot", `{"delay_ms":600001}`, "", nil, fail(400, "invalid delay value")},
+		{"Sys.Reboot", `{"delay_ms":9999999999999}`, "", nil, fail(400, "invalid delay value")},
 		{"Sys.Reboot", `{"abort":true}`, "", nil, fail(400, "abort is not supported")},
 		{"Sys.Reboot", `{"delay_ms":"soon"}`, "", nil, fail(400, `delay_ms: need an integer, got \"soon\"`)},
 	} {
@@ -163,6 +166,10 @@ func TestHandle(t *testing.T) {
 	require.Equal(t, `"result":["pin.SET","Sys.GetUID","OTA.SetBootState","OTA.GetBootState","OTA.Status","OTA.End","OTA.Write","OTA.Begin",`+
 		`"OTA.CreateSnapshot","OTA.Revert","OTA.Commit","OTA.Update","Sys.GetInfo","Sys.Reboot","RPC.Ping","RPC.Describe","RPC.List"]`, do(t, s, "RPC.List", ""))
 
+	for _, v := range []any{nil, json.RawMessage(nil), json.RawMessage("")} {
+		require.NoError(t, s.Handle("E", "", Read, reply(v, nil)))
+		require.Equal(t, null, do(t, s, "E", ""))
+	}
 	require.NoError(t, s.Handle("E", "", Read, reply(nil, fmt.Errorf("wrapped: %w", &Error{Code: -7, Message: "x"}))))
 	require.Equal(t, fail(-7, "x"), do(t, s, "E", ""))
 	require.NoError(t, s.Handle("E", "", Read, reply(nil, errors.New("plain"))))
@@ -190,11 +197,12 @@ func TestNewRefuses(t *testing.T) {
 	for want, change := range map[string]func(*Options){
 		"ID: need 1":     func(o *Options) { o.ID = "" },
 		"NoAuth: contra": func(o *Options) { o.Authorizer = AuthorizerFunc(nil) },
-		"need printable": func(o *Options) { o.Info.Version = "1\r\nX-Evil: 1" },
+		"need printable": func(o *Options) { o.ID = "1\r\nX-Evil: 1" },
 		"MaxFrame":       func(o *Options) { o.MaxFrame = -1 },
 		"MaxDepth":       func(o *Options) { o.MaxDepth = 1001 },
 		"MaxPending":     func(o *Options) { o.MaxPending = -1 },
 		"UpdateTimeout":  func(o *Options) { o.UpdateTimeout = -1 },
+		"TotalTimeout":   func(o *Options) { o.TotalTimeout = maxTimeout + 1 },
 		"CommitTimeout":  func(o *Options) { o.CommitTimeout = ota.MaxCommitTimeout + 1 },
 		"AllowOrigins":   func(o *Options) { o.AllowOrigins = []string{"*"} },
 	} {
@@ -232,6 +240,7 @@ func TestRights(t *testing.T) {
 		fail(403, "unauthorized"):         ErrForbidden,
 		fail(500, "authorization failed"): errors.New("secret: disk error"),
 		fail(401, `{\"nonce\": 1}`):       &Error{Code: 401, Message: `{"nonce": 1}`},
+		fail(403, "no code"):              fmt.Errorf("%w", &Error{Message: "no code"}),
 	} {
 		answer, asked = err, map[string]Right{}
 		for m := range rights {
@@ -279,6 +288,78 @@ func TestMaxPending(t *testing.T) {
 		require.NoError(t, s.Close())
 		require.ErrorIs(t, <-errs, ErrClosed)
 	})
+}
+
+// Close waits for what is being served, also if it does not heed its context.
+func TestCloseWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newTest(t, newFake(), nil)
+		require.NoError(t, s.Handle("Busy", "", Read, func(context.Context, *Request) (any, error) {
+			time.Sleep(time.Minute)
+			return "done", nil
+		}))
+		start := time.Now()
+		reply := make(chan string, 1)
+		go func() { reply <- do(t, s, "Busy", "") }()
+		synctest.Wait()
+		require.NoError(t, s.Close())
+		require.Equal(t, time.Minute, time.Since(start))
+		require.Equal(t, `"result":"done"`, <-reply)
+		for _, m := range []string{"Busy", "OTA.Status", "Nope"} {
+			_, err := s.Call(context.Background(), testPeer, []byte(`{"id":1,"method":"`+m+`"}`))
+			require.ErrorIs(t, err, ErrClosed, m)
+			require.Equal(t, 503, try(s, "GET", "/rpc/"+m, "", nil).Code, m)
+		}
+	})
+}
+
+// A call that was let in just before Close does not start anything.
+func TestCloseWhileAuthorizing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newFake()
+		s := newTest(t, d, func(o *Options) {
+			o.NoAuth = false
+			o.Authorizer = AuthorizerFunc(func(context.Context, *Peer, string, Right) error {
+				time.Sleep(time.Second)
+				return nil
+			})
+		})
+		errs := map[string]chan error{"OTA.Begin": make(chan error, 1), "OTA.Revert": make(chan error, 1), "Sys.Reboot": make(chan error, 1)}
+		for m, c := range errs {
+			go func() {
+				_, err := s.Call(context.Background(), testPeer, []byte(`{"id":1,"method":"`+m+`"}`))
+				c <- err
+			}()
+		}
+		synctest.Wait()
+		require.NoError(t, s.Close())
+		require.ErrorIs(t, <-errs["OTA.Begin"], ErrClosed)
+		require.ErrorIs(t, <-errs["OTA.Revert"], ErrClosed)
+		require.NoError(t, <-errs["Sys.Reboot"], "it waits for nothing")
+		time.Sleep(time.Hour)
+		require.Empty(t, d.log())
+	})
+}
+
+// The version is that of whatever was installed. It must not keep the device from
+// being updated again.
+func TestUnprintableInfo(t *testing.T) {
+	d := newFake()
+	var got http.Header
+	s := newTest(t, d, func(o *Options) {
+		o.Info.Version = "1\r\nX-Evil: 1 \u00fc\xff"
+		o.Info.BuildID = strings.Repeat("b", 10000)
+		o.Info.App = "a\x00b"
+		o.HTTPClient = &http.Client{Transport: roundTrip(func(r *http.Request) *http.Response {
+			got = r.Header
+			return response(200, "firmware")
+		})}
+	})
+	info := do(t, s, "Sys.GetInfo", "")
+	require.Contains(t, info, `"app": "a\u0000b", "fw_version": "1\r\nX-Evil: 1 \u00fc\ufffd", "fw_id": "bbb`)
+	require.Equal(t, `"result":true`, do(t, s, "OTA.Update", `{"url":"https://h/"}`))
+	require.Equal(t, "a?b/1??X-Evil: 1 ?? (MongooseOS/2.19.1; esp32)", got.Get("User-Agent"))
+	require.Equal(t, "esp32 1??X-Evil: 1 ?? "+strings.Repeat("b", 128), got.Get("X-MGOS-FW-Version"))
 }
 
 // An operation goes on when its caller leaves.

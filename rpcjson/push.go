@@ -16,9 +16,8 @@ type push struct {
 	update
 	begin begin
 	ctx   context.Context // of the update; set before it reads
-	stall time.Duration
-	queue chan *chunk   // to the reader; never holds more than one
-	eof   chan struct{} // closed by OTA.End
+	queue chan *chunk     // to the reader; never holds more than one
+	eof   chan struct{}   // closed by OTA.End
 
 	cur *chunk // being read; the reader's alone
 
@@ -28,11 +27,10 @@ type push struct {
 	ended bool
 }
 
-// begin is what OTA.Begin was told.
+// begin is what OTA.Begin was told, beside the size.
 type begin struct {
 	stall  time.Duration
 	commit time.Duration
-	size   int64
 }
 
 // chunk is the data of one OTA.Write.
@@ -71,7 +69,7 @@ func (p *push) Read(b []byte) (int, error) {
 // receive waits for the next chunk. The time limit runs only here: slow flash is
 // no reason to give up.
 func (p *push) receive() (*chunk, error) {
-	t := time.NewTimer(p.stall)
+	t := time.NewTimer(p.begin.stall)
 	defer t.Stop()
 	select {
 	case c := <-p.queue:
@@ -93,10 +91,20 @@ func (p *push) receive() (*chunk, error) {
 // Close implements io.Closer for the update.
 func (p *push) Close() error { return nil }
 
-func (s *Server) session() *push {
+// current returns the update under way or the last one, nil if there was none.
+func (s *Server) current() *update {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.push
+	return s.update
+}
+
+// session returns the push session under way or the last one, nil if there was
+// none or an OTA.Update came after it.
+func (s *Server) session() *push {
+	if u := s.current(); u != nil {
+		return u.push
+	}
+	return nil
 }
 
 func (s *Server) otaBegin(_ context.Context, r *Request) (any, error) {
@@ -105,18 +113,18 @@ func (s *Server) otaBegin(_ context.Context, r *Request) (any, error) {
 	if err := r.Args.Err(); err != nil {
 		return nil, err
 	}
-	b := begin{stall, o.CommitTimeout, size}
-	if p := s.session(); p != nil && p.begin == b && !p.over() && p.fresh() {
+	b := begin{stall, o.CommitTimeout}
+	if p := s.session(); p != nil && p.begin == b && p.size.Load() == size && !p.over() && p.fresh() {
 		return nil, nil // the reply to the first one was lost
 	}
 	p := &push{
-		update: update{size: size},
-		begin:  b,
-		stall:  stall,
-		queue:  make(chan *chunk, 1),
-		eof:    make(chan struct{}),
+		begin: b,
+		queue: make(chan *chunk, 1),
+		eof:   make(chan struct{}),
 	}
-	err := s.install(&p.update, o, p, endAnyway, func(ctx context.Context) (io.ReadCloser, error) {
+	p.push = p
+	p.size.Store(size)
+	err := s.install(&p.update, o, endAnyway, func(ctx context.Context) (io.ReadCloser, error) {
 		p.ctx = ctx
 		return p, nil
 	})
@@ -132,22 +140,13 @@ func (p *push) fresh() bool {
 
 var errNotStarted = errorf(-1, "Update not started")
 
-// result returns the error that calls get once the session is over, nil if it
-// succeeded.
-func (p *push) result() error {
-	if p.code == resultOK {
-		return nil
-	}
-	return errorf(-1, "%d %s", p.code, p.text)
-}
-
 func (s *Server) otaWrite(ctx context.Context, r *Request) (any, error) {
 	p := s.session()
 	if p == nil {
 		return nil, errNotStarted
 	}
 	if p.over() && p.code != resultOK {
-		return nil, p.result()
+		return nil, p.failure(-1)
 	}
 	data, given := r.Args.Bytes("data")
 	if r.Args.Err() == nil && !given {
@@ -179,7 +178,7 @@ func (s *Server) otaWrite(ctx context.Context, r *Request) (any, error) {
 	if p.code == resultOK {
 		return nil, nil
 	}
-	return nil, errorf(min(p.code, 0), "%d %s", p.code, p.text)
+	return nil, p.failure(p.code)
 }
 
 // accept hands data to the update and returns the chunk to wait for: a new one,
@@ -190,7 +189,7 @@ func (p *push) accept(off int64, data []byte) (*chunk, error) {
 	defer p.mu.Unlock()
 	l := p.last
 	switch {
-	case l != nil && off == l.off && (off != p.next || len(data) > 0):
+	case l != nil && off == l.off:
 		if len(data) != l.size || sum != l.sum {
 			return nil, errorf(-1, "offset %d was already written with other data", off)
 		}
@@ -198,13 +197,11 @@ func (p *push) accept(off int64, data []byte) (*chunk, error) {
 	case off != p.next:
 		return nil, errorf(-1, "Expected offset %d, got %d", p.next, off)
 	case p.over():
-		return nil, errorf(-1, "%d %s", p.code, p.text)
+		return nil, p.failure(-1)
 	case p.ended:
 		return nil, errorf(-1, "OTA.End was already called")
 	case len(data) == 0:
 		return nil, nil
-	case p.next > math.MaxInt64-int64(len(data)):
-		return nil, errorf(-1, "too much data")
 	}
 	c := &chunk{off: off, size: len(data), sum: sum, rest: data, done: make(chan struct{})}
 	select {
@@ -217,29 +214,35 @@ func (p *push) accept(off int64, data []byte) (*chunk, error) {
 }
 
 func (s *Server) otaEnd(ctx context.Context, r *Request) (any, error) {
-	p := s.session()
-	if p == nil {
+	u := s.current()
+	switch {
+	case u != nil && u.push != nil:
+		u.push.end()
+	case u != nil && !u.over():
+		u.cancel(errEnded) // also the way to abort an OTA.Update
+	default:
 		return nil, errNotStarted
 	}
+	select {
+	case <-u.done:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if u.code != resultOK {
+		return nil, u.failure(-1)
+	}
+	if !u.same {
+		r.after = func() { s.rebootSooner(updateDelay) }
+	}
+	return s.status(u), nil
+}
+
+// end marks the end of the data.
+func (p *push) end() {
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	if !p.ended {
 		p.ended = true
 		close(p.eof)
 	}
-	p.mu.Unlock()
-	select {
-	case <-p.done:
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	if err := p.result(); err != nil {
-		return nil, err
-	}
-	s.mu.Lock()
-	newest := s.update == &p.update
-	s.mu.Unlock()
-	if newest {
-		r.after = func() { s.rebootIn(updateDelay) }
-	}
-	return s.status(&p.update), nil
 }

@@ -244,6 +244,9 @@ func TestBeginRefused(t *testing.T) {
 	d.busy = "snapshot"
 	require.Equal(t, fail(-1, "Update failed to start: rpcjson: snapshot is under way: another operation is in progress"), begin(s, ""))
 	d.busy = ""
+	d.pending = true
+	require.Equal(t, fail(-1, "Update failed to start: a reboot is pending"), begin(s, ""))
+	d.pending = false
 	require.Equal(t, fail(-1, "Update failed to start: rpcjson: updates are switched off: not supported on this device"),
 		begin(newTest(t, d, func(o *Options) { o.Open = nil }), ""))
 	require.Empty(t, d.log())
@@ -315,3 +318,65 @@ func TestRebootFails(t *testing.T) {
 		require.Equal(t, 2, d.rebootCount())
 	})
 }
+
+// A device whose reboot does nothing can be called again after a while.
+func TestRebootDoesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newFake()
+		s := newTest(t, d, nil)
+		require.Equal(t, null, do(t, s, "Sys.Reboot", `{"delay_ms":600000}`))
+		time.Sleep(10*time.Minute + 59*time.Second)
+		require.Equal(t, 1, d.rebootCount())
+		require.Equal(t, fail(418, "shutting down in 0 ms"), do(t, s, "OTA.Status", ""))
+		time.Sleep(2 * time.Second)
+		require.Contains(t, do(t, s, "OTA.Status", ""), `"state": 0`)
+		require.Equal(t, null, do(t, s, "Sys.Reboot", ""))
+		time.Sleep(time.Second)
+		require.Equal(t, 2, d.rebootCount())
+		require.NoError(t, s.Close())
+	})
+}
+
+// Data that came before OTA.End is not lost.
+func TestPushEndBehindData(t *testing.T) {
+	for range 64 { // chance decides what is seen first
+		synctest.Test(t, func(t *testing.T) {
+			d := newFake()
+			d.update = func(_ context.Context, r io.Reader) (ota.UpdateResult, error) {
+				time.Sleep(time.Minute) // erases first
+				b, err := io.ReadAll(r)
+				d.got = b
+				return ota.UpdateResult{Slot: 1}, err
+			}
+			s := newTest(t, d, nil)
+			require.Equal(t, null, do(t, s, "OTA.Begin", ""))
+			reply := make(chan string, 1)
+			go func() { reply <- write(t, s, 0, "1234") }()
+			synctest.Wait()
+			require.Contains(t, do(t, s, "OTA.End", ""), `"state": 3`)
+			require.Equal(t, null, <-reply)
+			require.Equal(t, "1234", string(d.got))
+		})
+	}
+}
+
+// Whatever an error makes of its code and text, the reply is a failure, and clean.
+func TestOutcome(t *testing.T) {
+	for err, want := range map[error]string{
+		codeError{-11, "Invalid\nCRC \u00fc\x00"}: "-11 Invalid?CRC ??",
+		codeError{7, "x"}:                         "-1 x",
+		codeError{1, "Update applied"}:            "-1 Update applied",
+		&Error{Code: 0, Message: "y"}:             "-1 y",
+	} {
+		code, text := outcome(fmt.Errorf("wrapped: %w", err))
+		require.Equal(t, want, fmt.Sprint(code, " ", text))
+	}
+}
+
+type codeError struct {
+	code int
+	text string
+}
+
+func (codeError) Error() string                 { return "not this" }
+func (e codeError) MongooseCode() (int, string) { return e.code, e.text }

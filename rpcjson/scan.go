@@ -48,10 +48,21 @@ var errTooDeep = errors.New("nested too deeply")
 type syntaxError struct {
 	off  int
 	want string
+	// unclosed says that the text ends after a complete member of an object,
+	// so that nothing but closing braces is known to be missing.
+	unclosed bool
 }
 
 func (e *syntaxError) Error() string {
 	return fmt.Sprintf("byte %d: need %s", e.off, e.want)
+}
+
+// harmless reports whether err, of members, leaves no doubt about what the members
+// are: there is none, or the text just ends after one of them. The original takes
+// all that stands before an error, whatever comes after it.
+func harmless(err error) bool {
+	e, ok := err.(*syntaxError) // not one inside of a memberError
+	return err == nil || ok && e.unclosed
 }
 
 // scanner reads JSON the way the devices do (cesanta/mongoose-os,
@@ -82,7 +93,7 @@ type memberError struct {
 func (e *memberError) Error() string { return e.err.Error() }
 func (e *memberError) Unwrap() error { return e.err }
 
-func (s *scanner) fail(want string) error { return &syntaxError{s.i, want} }
+func (s *scanner) fail(want string) error { return &syntaxError{off: s.i, want: want} }
 
 // peek skips blanks and returns the next byte, 0 at the end.
 func (s *scanner) peek() byte {
@@ -106,12 +117,16 @@ func (s *scanner) object(f func(key []byte, v token)) error {
 	}
 	s.depth--
 	s.i++
+	complete := false // a member, and no comma announces another
 	for {
 		c := s.peek()
-		if c == '}' {
+		switch {
+		case c == '}':
 			s.i++
 			s.depth++
 			return nil
+		case s.i == len(s.b) && complete:
+			return &syntaxError{s.i, "a member name", true}
 		}
 		key, err := s.key(c)
 		if err != nil {
@@ -128,7 +143,8 @@ func (s *scanner) object(f func(key []byte, v token)) error {
 		if f != nil {
 			f(key, v)
 		}
-		if s.peek() == ',' {
+		complete = s.peek() != ','
+		if !complete {
 			s.i++
 		}
 	}
@@ -369,7 +385,6 @@ func isLetter(c byte) bool {
 // appendString appends s as a JSON string of ASCII characters: serial lines take
 // no others.
 func appendString(dst []byte, s string) []byte {
-	const hex = "0123456789abcdef"
 	dst = append(dst, '"')
 	for _, r := range s {
 		switch {
@@ -384,16 +399,17 @@ func appendString(dst []byte, s string) []byte {
 		case r >= ' ' && r < 0x7f:
 			dst = append(dst, byte(r))
 		default:
-			dst = appendRune(dst, r, hex)
+			dst = appendRune(dst, r)
 		}
 	}
 	return append(dst, '"')
 }
 
-func appendRune(dst []byte, r rune, hex string) []byte {
+func appendRune(dst []byte, r rune) []byte {
+	const hex = "0123456789abcdef"
 	if r > 0xffff {
 		hi, lo := utf16.EncodeRune(r)
-		return appendRune(appendRune(dst, hi, hex), lo, hex)
+		return appendRune(appendRune(dst, hi), lo)
 	}
 	return append(dst, '\\', 'u', hex[r>>12&15], hex[r>>8&15], hex[r>>4&15], hex[r&15])
 }
@@ -408,7 +424,7 @@ func appendASCII(dst, b []byte) []byte {
 			continue
 		}
 		r, n := utf8.DecodeRune(b[i:])
-		dst = appendRune(dst, r, "0123456789abcdef")
+		dst = appendRune(dst, r)
 		i += n
 	}
 	return dst

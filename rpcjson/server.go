@@ -21,16 +21,18 @@
 // OTA.GetBootState and OTA.SetBootState. OTA.Commit also takes the argument trial,
 // for devices that demand it (see [ota.Options]). [Server.Handle] adds methods.
 //
-// An update goes on when its caller leaves, and OTA.Status tells how it ended. The
-// reboot comes 500 ms after the reply to an update, 300 ms after that to
-// OTA.Revert, and anyway if nobody takes the reply. In the last 100 ms before it
-// calls are refused with code 418.
+// An update goes on when its caller leaves, and OTA.Status tells how it ended.
+// OTA.End aborts one that is incomplete, also one by OTA.Update. The reboot comes
+// 500 ms after the reply to an update, 300 ms after that to OTA.Revert, and anyway
+// if nobody takes the reply. In the last 100 ms before it calls are refused with
+// code 418, and for a minute after it if it had no effect.
 //
 // Formats, codes and texts follow mongoose-os-libs/rpc-common (src/mg_rpc.c,
 // src/mgos_rpc.c) and mongoose-os-libs/rpc-service-ota. Differences, all on
 // purpose: no wildcard CORS header; requests that a web page could have caused
-// are refused; arguments of a wrong type are refused instead of ignored; nearly
-// every error has a message.
+// are refused; arguments of a wrong type are refused instead of ignored, and
+// methods that change something do not run on a broken frame; nearly every error
+// has a message.
 package rpcjson
 
 import (
@@ -48,6 +50,7 @@ import (
 	"time"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/fetch"
 )
 
 // ErrClosed says that the server has been closed.
@@ -104,8 +107,9 @@ type Peer struct {
 //
 // A nil error allows the call. An error that wraps [ErrUnauthenticated] says that
 // credentials are missing or wrong, [ErrForbidden] that they do not suffice; an
-// *[Error] is sent as it is. If the error has a method WWWAuthenticate() string,
-// its result becomes that header of an HTTP answer 401.
+// *[Error] is sent as it is, with code 403 if it has none. If the error has a
+// method WWWAuthenticate() string, its result becomes that header of an HTTP
+// answer 401.
 type Authorizer interface {
 	Authorize(ctx context.Context, peer *Peer, method string, right Right) error
 }
@@ -119,8 +123,8 @@ func (f AuthorizerFunc) Authorize(ctx context.Context, peer *Peer, method string
 }
 
 // Info describes the running firmware and its device, for Sys.GetInfo and for
-// the headers of a download. Characters that cannot stand in an HTTP header are
-// refused by [New].
+// the headers of a download. In the latter whatever is not printable ASCII is
+// replaced by a question mark, and what is longer than 128 bytes is cut.
 type Info struct {
 	App       string // name, as in the manifest
 	Version   string
@@ -150,6 +154,7 @@ const (
 	DefaultMaxDepth      = 16
 	DefaultMaxPending    = 32
 	DefaultUpdateTimeout = 600 * time.Second
+	DefaultTotalTimeout  = 24 * time.Hour
 	maxTimeout           = 30 * 24 * time.Hour
 )
 
@@ -177,22 +182,29 @@ type Options struct {
 	// AllowOrigins are foreign origins whose pages may call, such as
 	// "https://api.cesanta.com", which the mos client sends on WebSocket.
 	AllowOrigins []string
-	// AllowGET are methods that may be called by GET although they change
-	// something, such as "Sys.Reboot". Methods that need the right Read
-	// always may.
+	// AllowGET are methods that may be called by GET although they need more
+	// than the right Read, such as "Sys.Reboot". Any web page can call these,
+	// through the browser of whoever opens it: for the browser they are
+	// pictures to be loaded, sent with what credentials it has. A Referer
+	// that names the page is refused, but pages can leave it out. Methods
+	// that need Read may always be called by GET.
 	AllowGET []string
 
 	MaxFrame   int // bytes of a frame or HTTP body; 0 means DefaultMaxFrame
 	MaxDepth   int // levels of nested JSON; 0 means DefaultMaxDepth
 	MaxPending int // calls being served, and HTTP bodies being read, at a time; 0 means DefaultMaxPending
 
-	// HTTPClient downloads for OTA.Update. nil means one with timeouts for
-	// all but the body, and without proxies from the environment. At most
-	// three redirects are followed in any case, and all obey AllowHTTP and
-	// AllowURL.
-	HTTPClient *http.Client
-	// AllowHTTP permits downloads without TLS.
+	// Fetch says what OTA.Update may download, and from where. nil means over
+	// HTTPS from hosts with public addresses: a server inside of the local
+	// network needs AllowPrivate. It must not be changed after New.
+	Fetch *fetch.Policy
+	// AllowHTTP permits downloads without TLS, as AllowHTTP of Fetch does.
 	AllowHTTP bool
+	// HTTPClient downloads for OTA.Update; nil means the client of Fetch. Of
+	// Fetch, its URLs and redirects obey what [fetch.Policy.CheckURL] and
+	// [fetch.Policy.CheckRedirect] check; the addresses that names stand for,
+	// time limits and all else are its own.
+	HTTPClient *http.Client
 	// AllowURL, if not nil, must accept each URL before it is requested.
 	AllowURL func(*url.URL) error
 	// UpdateURL is what OTA.Update downloads, unless already running, if it
@@ -204,7 +216,9 @@ type Options struct {
 	// UpdateTimeout is how long an update waits for data before it gives up,
 	// if the caller does not say; 0 means DefaultUpdateTimeout.
 	UpdateTimeout time.Duration
-	// TotalTimeout bounds an update as a whole; 0 means no bound.
+	// TotalTimeout bounds an update as a whole; 0 means DefaultTotalTimeout,
+	// and a negative value no bound. No other update can start meanwhile,
+	// unless OTA.End ends this one.
 	TotalTimeout time.Duration
 	// CommitTimeout is that of updates whose caller does not say, see
 	// [ota.UpdateOptions].
@@ -241,8 +255,9 @@ type Request struct {
 }
 
 // HandlerFunc serves a method. The result is encoded by encoding/json, except
-// that a [json.RawMessage] is sent as it is and must be valid JSON; nil is sent
-// as null. An *[Error] is sent as it is, another error with code 500 and its text.
+// that a [json.RawMessage] is sent as it is and must be valid JSON; nil and an
+// empty one are sent as null. An *[Error] is sent as it is, another error with
+// code 500 and its text.
 // Several calls may run at once. ctx ends when the caller goes away, if the
 // transport can tell, or the server is closed.
 type HandlerFunc func(ctx context.Context, r *Request) (result any, err error)
@@ -259,6 +274,7 @@ type Server struct {
 	d       device
 	o       Options
 	log     *slog.Logger
+	fetch   fetch.Policy
 	client  *http.Client
 	start   time.Time
 	pending chan struct{} // one element for each call being served
@@ -266,13 +282,12 @@ type Server struct {
 
 	ctx    context.Context // of what outlives a call; ends with Close
 	cancel context.CancelFunc
-	wg     sync.WaitGroup // goroutines
+	wg     sync.WaitGroup // goroutines and calls
 
 	mu      sync.Mutex // guards what follows, and is never held across calls
 	closed  bool
 	methods []*method // newest first
 	update  *update   // under way, or the last one
-	push    *push     // the push session among them
 	timer   *time.Timer
 	due     time.Time // of the reboot; zero if there is none
 }
@@ -298,6 +313,10 @@ func newServer(d device, o Options) (*Server, error) {
 		pending: make(chan struct{}, o.MaxPending),
 		reading: make(chan struct{}, o.MaxPending),
 	}
+	if o.Fetch != nil {
+		s.fetch = *o.Fetch
+	}
+	s.fetch.AllowHTTP = s.fetch.AllowHTTP || o.AllowHTTP
 	s.client = s.newClient()
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.addMethods()
@@ -315,11 +334,8 @@ func (o *Options) complete() error {
 	if o.Authorizer != nil && o.NoAuth {
 		return errors.New("NoAuth: contradicts Authorizer")
 	}
-	i := &o.Info
-	for _, v := range []string{o.ID, i.App, i.Version, i.BuildID, i.Platform, i.MAC, i.OSVersion, i.OSBuildID} {
-		if strings.ContainsFunc(v, func(r rune) bool { return r < ' ' || r > '~' }) {
-			return fmt.Errorf("ID, Info: %s: need printable ASCII", ota.Quote(v))
-		}
+	if printableText(o.ID) != o.ID {
+		return fmt.Errorf("ID: %s: need printable ASCII", ota.Quote(o.ID))
 	}
 	for _, v := range []struct {
 		name     string
@@ -340,8 +356,14 @@ func (o *Options) complete() error {
 	if o.UpdateTimeout == 0 {
 		o.UpdateTimeout = DefaultUpdateTimeout
 	}
-	if o.UpdateTimeout < 0 || o.TotalTimeout < 0 || o.UpdateTimeout > maxTimeout || o.TotalTimeout > maxTimeout {
-		return fmt.Errorf("UpdateTimeout, TotalTimeout: need 0 to %v", maxTimeout)
+	if o.UpdateTimeout < 0 || o.UpdateTimeout > maxTimeout {
+		return fmt.Errorf("UpdateTimeout: need 0 to %v", maxTimeout)
+	}
+	if o.TotalTimeout == 0 {
+		o.TotalTimeout = DefaultTotalTimeout
+	}
+	if o.TotalTimeout > maxTimeout {
+		return fmt.Errorf("TotalTimeout: need at most %v", maxTimeout)
 	}
 	if o.CommitTimeout < 0 || o.CommitTimeout > ota.MaxCommitTimeout {
 		return fmt.Errorf("CommitTimeout: need 0 to %v", ota.MaxCommitTimeout)
@@ -470,15 +492,19 @@ func (s *Server) parse(b []byte) (frame, error) {
 // or an error if there is nothing to be answered.
 func (s *Server) call(ctx context.Context, peer *Peer, f *frame) (result []byte, after func(), callErr *Error, err error) {
 	defer s.release()
-	m := s.method(f.method)
-	if m == nil {
-		return nil, nil, errorf(404, "No handler for %s", printable(f.method)), nil
-	}
 	s.mu.Lock()
 	closed, due := s.closed, s.due
+	if !closed {
+		s.wg.Add(1)
+		defer s.wg.Done()
+	}
 	s.mu.Unlock()
 	if closed {
 		return nil, nil, nil, ErrClosed
+	}
+	m := s.method(f.method)
+	if m == nil {
+		return nil, nil, errorf(404, "No handler for %s", printable(f.method)), nil
 	}
 	if left := time.Until(due); !due.IsZero() && left < lockout {
 		return nil, nil, errorf(418, "shutting down in %d ms", max(0, left.Milliseconds())), nil
@@ -487,8 +513,11 @@ func (s *Server) call(ctx context.Context, peer *Peer, f *frame) (result []byte,
 	if e := s.authorize(ctx, peer, m); e != nil {
 		return nil, nil, e, nil
 	}
-	if f.paramsErr != nil {
+	switch {
+	case f.paramsErr != nil:
 		return nil, nil, errorf(400, "bad request: params: %v", f.paramsErr), nil
+	case f.broken != nil && m.right != Read: // what is lost may be the parameters
+		return nil, nil, errorf(400, "bad request: %v", f.broken), nil
 	}
 
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -503,7 +532,7 @@ func (s *Server) call(ctx context.Context, peer *Peer, f *frame) (result []byte,
 	case err != nil && s.ctx.Err() != nil:
 		return nil, nil, nil, ErrClosed
 	case err != nil && ctx.Err() != nil:
-		return nil, nil, nil, context.Cause(ctx) // nobody is left to be answered
+		return nil, nil, nil, context.Cause(ctx) // mostly, nobody is left to be answered
 	}
 	if m.right != Read {
 		s.log.Info("rpc", "method", m.name, "channel", peer.Channel, "peer", peer.Addr, "src", ota.Quote(f.src), "err", err)
@@ -528,6 +557,9 @@ func (s *Server) authorize(ctx context.Context, peer *Peer, m *method) *Error {
 	switch {
 	case errors.As(err, &e):
 		e = errorf(e.Code, "%s", e.Message)
+		if e.Code == 0 {
+			e.Code = 403 // clients take 0 for success
+		}
 	case errors.Is(err, ErrUnauthenticated):
 		e = errorf(401, "unauthenticated")
 	case errors.Is(err, ErrForbidden):
@@ -548,6 +580,9 @@ func encode(v any) ([]byte, error) {
 	case nil:
 		return []byte("null"), nil
 	case json.RawMessage:
+		if len(v) == 0 {
+			return []byte("null"), nil
+		}
 		return appendASCII(nil, v), nil
 	}
 	b, err := json.Marshal(v)
@@ -628,6 +663,8 @@ const (
 	rebootDelay  = 100 * time.Millisecond
 	rebootAnyway = 5 * time.Second
 	endAnyway    = time.Minute // for OTA.End of a push session
+	maxDelay     = 10 * time.Minute
+	stillUp      = time.Minute // after this the reboot has failed
 )
 
 // rebootIn reboots after d, or earlier if a reboot is due earlier.
@@ -635,13 +672,22 @@ func (s *Server) rebootIn(d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	due := time.Now().Add(d)
-	if s.closed || !s.due.IsZero() && !due.Before(s.due) {
+	if !s.due.IsZero() && !due.Before(s.due) {
+		return
+	}
+	s.due = due
+	s.later(d, s.reboot)
+}
+
+// later runs f after d, instead of what was to be run, unless the server is closed
+// by then. s.mu is held.
+func (s *Server) later(d time.Duration, f func()) {
+	if s.closed {
 		return
 	}
 	if s.timer != nil {
 		s.timer.Stop()
 	}
-	s.due = due
 	var t *time.Timer
 	t = time.AfterFunc(d, func() {
 		s.mu.Lock()
@@ -652,28 +698,51 @@ func (s *Server) rebootIn(d time.Duration) {
 		s.mu.Unlock()
 		if mine {
 			defer s.wg.Done()
-			s.reboot()
+			f()
 		}
 	})
 	s.timer = t
 }
 
+// rebootSooner puts forward a reboot that is due, if it still is.
+func (s *Server) rebootSooner(d time.Duration) {
+	s.mu.Lock()
+	due := s.due
+	s.mu.Unlock()
+	if !due.IsZero() {
+		s.rebootIn(d)
+	}
+}
+
 func (s *Server) reboot() {
 	s.log.Info("rebooting")
 	err := s.d.Reboot(s.ctx)
-	if err == nil {
-		return // on its way down: calls are refused from here on
+	if err != nil {
+		s.log.Error("reboot failed", "err", err)
 	}
-	s.log.Error("reboot failed", "err", err)
 	s.mu.Lock()
-	s.due = time.Time{}
-	s.mu.Unlock()
+	defer s.mu.Unlock()
+	if err != nil {
+		s.due = time.Time{}
+		return
+	}
+	// On its way down: calls are refused, but not for ever.
+	s.later(stillUp, func() {
+		s.log.Error("rebooting had no effect")
+		s.mu.Lock()
+		s.due = time.Time{}
+		s.mu.Unlock()
+	})
 }
 
 // Close stops serving: it calls off a reboot that is due, ends updates under
-// way, which leave the device as it was, and waits until all has ended. Calls
-// being served return ErrClosed. It returns nil, also when called again. It must
-// not be called by what it waits for: a handler, or the device's Reset.
+// way, which leave the device as it was, and ends the contexts of the calls being
+// served. It waits until all of them have ended; calls that fail because of it,
+// and later ones, return ErrClosed. It returns nil, also when called again.
+//
+// What it waits for must not call it, or it never returns: a handler, Authorizer,
+// Open, or the device's Reset, which can leave that to a goroutine instead. Nor
+// does it return before handlers that ignore their contexts.
 func (s *Server) Close() error {
 	s.mu.Lock()
 	s.closed = true

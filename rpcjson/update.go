@@ -5,19 +5,22 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"sync/atomic"
 	"time"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/fetch"
 )
 
 // update is one run of OTA.Update, or of OTA.Begin and what follows.
 type update struct {
-	size  int64        // announced, 0 if not known
+	size  atomic.Int64 // announced, 0 if not known
 	taken atomic.Int64 // bytes received
+
+	push   *push // what u is part of; nil for OTA.Update
+	cancel context.CancelCauseFunc
 
 	done chan struct{} // closed at the end; then valid:
 	code int
@@ -37,11 +40,15 @@ func (u *update) over() bool {
 // percent returns how much of the data came, 0 if that is not known; progress is
 // what the device says.
 func (u *update) percent(progress float64) int {
-	if u.size > 0 {
-		return int(min(100, u.taken.Load()*100/u.size))
+	if size := u.size.Load(); size > 0 {
+		return int(min(100, u.taken.Load()*100/size))
 	}
 	return int(min(1, max(0, progress)) * 100)
 }
+
+// failure returns an error of the given code that tells the result of u, which is
+// over.
+func (u *update) failure(code int) error { return errorf(code, "%d %s", u.code, u.text) }
 
 // errUpdateBusy is the refusal of an update while another is under way.
 var errUpdateBusy = fmt.Errorf("rpcjson: an update is under way: %w", ota.ErrBusy)
@@ -52,7 +59,7 @@ var errSame = errors.New("rpcjson: not modified")
 // install starts u in a goroutine: open is asked for the data, which is then
 // read as a firmware file and installed. It returns early if that cannot work.
 // The device reboots when u succeeded, at the latest after the delay anyway.
-func (s *Server) install(u *update, o ota.UpdateOptions, p *push, anyway time.Duration, open func(context.Context) (io.ReadCloser, error)) error {
+func (s *Server) install(u *update, o ota.UpdateOptions, anyway time.Duration, open func(context.Context) (io.ReadCloser, error)) error {
 	if s.o.Open == nil {
 		return fmt.Errorf("rpcjson: updates are switched off: %w", ota.ErrUnsupported)
 	}
@@ -76,12 +83,12 @@ func (s *Server) install(u *update, o ota.UpdateOptions, p *push, anyway time.Du
 		return ota.ErrRebootPending
 	}
 	u.done = make(chan struct{})
+	ctx, cancel := context.WithCancelCause(s.ctx)
+	u.cancel = cancel
 	s.update = u
-	if p != nil {
-		s.push = p
-	}
 	s.wg.Go(func() {
-		same, err := s.installNow(u, o, open)
+		defer cancel(nil)
+		same, err := s.installNow(ctx, o, open)
 		u.same = same
 		u.code, u.text = outcome(err)
 		switch {
@@ -99,9 +106,7 @@ func (s *Server) install(u *update, o ota.UpdateOptions, p *push, anyway time.Du
 	return nil
 }
 
-func (s *Server) installNow(u *update, o ota.UpdateOptions, open func(context.Context) (io.ReadCloser, error)) (same bool, err error) {
-	ctx, cancel := context.WithCancelCause(s.ctx)
-	defer cancel(nil)
+func (s *Server) installNow(ctx context.Context, o ota.UpdateOptions, open func(context.Context) (io.ReadCloser, error)) (same bool, err error) {
 	if s.o.TotalTimeout > 0 {
 		var stop context.CancelFunc
 		ctx, stop = context.WithTimeoutCause(ctx, s.o.TotalTimeout, errTimedOut)
@@ -109,7 +114,7 @@ func (s *Server) installNow(u *update, o ota.UpdateOptions, open func(context.Co
 	}
 	defer func() {
 		// Say why the context ended rather than that it did.
-		if c := context.Cause(ctx); err != nil && errors.Is(c, errTimedOut) {
+		if c := context.Cause(ctx); err != nil && (c == errTimedOut || c == errEnded) {
 			err = fmt.Errorf("%w: %w", c, err)
 		}
 	}()
@@ -164,18 +169,16 @@ func (s *Server) otaUpdate(ctx context.Context, r *Request) (any, error) {
 		}
 		open = func(context.Context) (io.ReadCloser, error) { return s.o.OpenFile(file) }
 	} else {
-		target, err := url.Parse(rawURL)
-		if err == nil {
-			err = s.checkURL(target)
-		} else {
-			err = errors.New("need a URL") // the error of Parse quotes all of it
+		target, err := s.fetch.ParseURL(rawURL)
+		if err == nil && s.o.AllowURL != nil {
+			err = s.o.AllowURL(target)
 		}
 		if err != nil {
-			return nil, errorf(-1, "url: %s", message(err))
+			return nil, errorf(-1, "url: %s", message(reason(err)))
 		}
 		open = func(ctx context.Context) (io.ReadCloser, error) { return s.download(ctx, target, stall, u) }
 	}
-	switch err := s.install(u, o, nil, rebootAnyway, open); {
+	switch err := s.install(u, o, rebootAnyway, open); {
 	case errors.Is(err, ota.ErrBusy):
 		return nil, errorf(-1, "Update is already in progress")
 	case err != nil:
@@ -190,54 +193,44 @@ func (s *Server) otaUpdate(ctx context.Context, r *Request) (any, error) {
 		return nil, errorf(-1, "%s", u.text)
 	}
 	if !u.same {
-		r.after = func() { s.rebootIn(updateDelay) }
+		r.after = func() { s.rebootSooner(updateDelay) }
 	}
 	return true, nil
-}
-
-// checkURL returns an error if u must not be requested.
-func (s *Server) checkURL(u *url.URL) error {
-	switch {
-	case u.Host == "":
-		return errors.New("need a host")
-	case u.Scheme == "http" && !s.o.AllowHTTP:
-		return errors.New("need https")
-	case u.Scheme != "http" && u.Scheme != "https":
-		return fmt.Errorf("scheme %s: need https", ota.Quote(u.Scheme))
-	case s.o.AllowURL == nil:
-		return nil
-	}
-	return s.o.AllowURL(u)
 }
 
 // newClient returns the client for downloads, which applies the policy to
 // redirects too.
 func (s *Server) newClient() *http.Client {
-	var c http.Client
+	c := *s.fetch.Client()
+	check := func(*http.Request, []*http.Request) error { return nil }
 	if s.o.HTTPClient != nil {
 		c = *s.o.HTTPClient
-	} else {
-		c.Transport = &http.Transport{
-			DialContext:           (&net.Dialer{Timeout: 30 * time.Second}).DialContext,
-			TLSHandshakeTimeout:   30 * time.Second,
-			ResponseHeaderTimeout: time.Minute,
-			ForceAttemptHTTP2:     true,
+		if c.CheckRedirect != nil {
+			check = c.CheckRedirect
 		}
 	}
-	check := c.CheckRedirect
 	c.CheckRedirect = func(req *http.Request, via []*http.Request) error {
-		if len(via) > 3 {
-			return errors.New("more than 3 redirects")
+		err := s.fetch.CheckRedirect(req, via)
+		if err == nil && s.o.AllowURL != nil {
+			if err = s.o.AllowURL(req.URL); err != nil {
+				err = fmt.Errorf("%w: %w", fetch.ErrRedirect, err)
+			}
 		}
-		if err := s.checkURL(req.URL); err != nil {
-			return fmt.Errorf("redirect: %w", err)
+		if err == nil {
+			err = check(req, via)
 		}
-		if check != nil {
-			return check(req, via)
-		}
-		return nil
+		return err
 	}
 	return &c
+}
+
+// reason returns err without the URL, which the caller knows.
+func reason(err error) error {
+	var e *fetch.Error
+	if errors.As(err, &e) {
+		return e.Err
+	}
+	return err
 }
 
 // download requests u with the headers of the original (mgos_ota_http_client).
@@ -249,7 +242,10 @@ func (s *Server) download(ctx context.Context, target *url.URL, stall time.Durat
 		cancel(nil)
 		return nil, errors.New("url: cannot be requested")
 	}
-	i := &s.o.Info
+	i := s.o.Info
+	for _, v := range []*string{&i.App, &i.Version, &i.BuildID, &i.Platform, &i.MAC, &i.OSVersion} {
+		*v = headerText(*v)
+	}
 	req.Header.Set("Connection", "close") // as a header it outlives redirects
 	req.Header.Set("X-MGOS-Device-ID", s.o.ID+" "+i.MAC)
 	req.Header.Set("User-Agent", fmt.Sprintf("%s/%s (MongooseOS/%s; %s)", i.App, i.Version, i.OSVersion, i.Platform))
@@ -258,11 +254,12 @@ func (s *Server) download(ctx context.Context, target *url.URL, stall time.Durat
 
 	b := &stallBody{stall: stall, cancel: cancel, ctx: ctx, taken: &u.taken}
 	b.arm()
-	res, err := s.client.Do(req)
+	res, err := fetch.Do(s.client, req)
 	b.disarm()
 	if err == nil {
 		b.ReadCloser = res.Body
 		if res.StatusCode == http.StatusOK {
+			u.size.Store(max(0, res.ContentLength))
 			return b, nil
 		}
 		res.Body.Close()
@@ -275,6 +272,12 @@ func (s *Server) download(ctx context.Context, target *url.URL, stall time.Durat
 	}
 	cancel(nil)
 	return nil, err
+}
+
+// headerText returns s fit to be a part of a header.
+func headerText(s string) string {
+	s = printableText(s)
+	return s[:min(len(s), 128)]
 }
 
 // stallBody is the body of a download. The time limit runs only while data is
@@ -300,14 +303,10 @@ func (b *stallBody) disarm() { b.timer.Stop() }
 
 // why returns the reason for which ctx ended, else err.
 func (b *stallBody) why(err error) error {
-	if c := context.Cause(b.ctx); errors.Is(c, errTimedOut) {
+	if c := context.Cause(b.ctx); c == errTimedOut {
 		return c
 	}
-	var ue *url.Error
-	if errors.As(err, &ue) {
-		return ue.Err // without the URL, which may hold a password
-	}
-	return err
+	return reason(err)
 }
 
 func (b *stallBody) Read(p []byte) (int, error) {

@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/fetch"
 )
 
 func TestUpdateByURL(t *testing.T) {
@@ -46,10 +47,10 @@ func TestUpdateByURL(t *testing.T) {
 		"/fw.zip":  `"result":true`,
 		"/r1":      `"result":true`,
 		"/r3":      `"result":true`,
-		"/r4":      fail(-1, "more than 3 redirects"),
-		"/loop":    fail(-1, "more than 3 redirects"),
-		"/file":    fail(-1, `redirect: need a host`),
-		"/bad":     fail(-1, "redirect: not there"),
+		"/r4":      fail(-1, "redirect refused: more than 3"),
+		"/loop":    fail(-1, "redirect refused: more than 3"),
+		"/file":    fail(-1, `redirect refused: not allowed: scheme \"file\": need https`),
+		"/bad":     fail(-1, "redirect refused: not there"),
 		"/same":    `"result":true`,
 		"/short":   fail(-1, "Unexpected end of data"),
 		"/missing": fail(-1, "Invalid HTTP response code: 404"),
@@ -57,7 +58,7 @@ func TestUpdateByURL(t *testing.T) {
 	} {
 		d := newFake()
 		s := newTest(t, d, func(o *Options) {
-			o.AllowHTTP = true
+			o.AllowHTTP, o.Fetch = true, &fetch.Policy{AllowLoopback: true}
 			o.AllowURL = func(u *url.URL) error {
 				if u.Path == "/forbidden" {
 					return errors.New("not there")
@@ -96,10 +97,12 @@ func TestUpdateRefused(t *testing.T) {
 	for params, want := range map[string]string{
 		``:                                                  fail(-1, "either file or url is required"),
 		`{"url":"https://h/","file":"fw.zip"}`:              fail(-1, "either file or url is required"),
-		`{"url":"http://h/"}`:                               fail(-1, "url: need https"),
-		`{"url":"ftp://h/"}`:                                fail(-1, `url: scheme \"ftp\": need https`),
-		`{"url":"/x"}`:                                      fail(-1, "url: need a host"),
-		`{"url":"https://user:secret@h:x/"}`:                fail(-1, "url: need a URL"),
+		`{"url":"http://h/"}`:                               fail(-1, "url: not allowed: need https"),
+		`{"url":"ftp://h/"}`:                                fail(-1, `url: not allowed: scheme \"ftp\": need https`),
+		`{"url":"/x"}`:                                      fail(-1, "url: bad URL: need https://"),
+		`{"url":"https:///x"}`:                              fail(-1, "url: bad URL: need a host"),
+		`{"url":"https://127.0.0.1/"}`:                      fail(-1, "url: address not allowed: 127.0.0.1 is loopback"),
+		`{"url":"https://user:secret@h:x/"}`:                fail(-1, "url: bad URL: need https://host/path"),
 		`{"file":"/etc/passwd"}`:                            fail(-1, "Updates from files are not allowed."),
 		`{"url":["https://h/"]}`:                            fail(400, `url: need a string, got \"[\\\"https://h/\\\"]\"`),
 		`{"url":"https://h/","timeout":"1s"}`:               fail(400, `timeout: need an integer, got \"1s\"`),
@@ -248,4 +251,147 @@ func TestCloseEndsUpdate(t *testing.T) {
 		require.NoError(t, s.Close())
 		require.ErrorIs(t, <-done, ErrClosed)
 	})
+}
+
+// pulling returns a server whose downloads get body, and a function that starts
+// one and returns where its reply will be.
+func pulling(t *testing.T, d *fakeDevice, size int64, body func(ctx context.Context) io.ReadCloser, change func(*Options)) (s *Server, pull func() <-chan string) {
+	s = newTest(t, d, func(o *Options) {
+		o.HTTPClient = &http.Client{Transport: roundTrip(func(r *http.Request) *http.Response {
+			res := response(200, "")
+			res.ContentLength = size
+			res.Body = body(r.Context())
+			return res
+		})}
+		if change != nil {
+			change(o)
+		}
+	})
+	return s, func() <-chan string {
+		reply := make(chan string, 1)
+		go func() { reply <- do(t, s, "OTA.Update", `{"url":"https://h/"}`) }()
+		synctest.Wait()
+		return reply
+	}
+}
+
+// slowly delivers a byte just before the limit for data is reached.
+type slowly struct{ ctx context.Context }
+
+func (b slowly) Read(p []byte) (int, error) {
+	select {
+	case <-time.After(DefaultUpdateTimeout - time.Second):
+		p[0] = 'x'
+		return 1, nil
+	case <-b.ctx.Done():
+		return 0, b.ctx.Err()
+	}
+}
+func (slowly) Close() error { return nil }
+
+func openSlowly(ctx context.Context) io.ReadCloser { return slowly{ctx} }
+
+// A server that hardly delivers cannot hold the device for ever.
+func TestUpdateIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newFake()
+		s, pull := pulling(t, d, -1, openSlowly, nil)
+		start := time.Now()
+		require.Equal(t, fail(-1, "Update timed out"), <-pull())
+		require.Equal(t, 24*time.Hour, time.Since(start))
+		require.Equal(t, null, do(t, s, "OTA.Begin", ""))
+	})
+	synctest.Test(t, func(t *testing.T) {
+		d := newFake()
+		s, pull := pulling(t, d, -1, openSlowly, func(o *Options) { o.TotalTimeout = -1 })
+		reply := pull()
+		time.Sleep(365 * 24 * time.Hour)
+		require.Contains(t, do(t, s, "OTA.Status", ""), `"state": 1`)
+		require.Empty(t, reply)
+		require.Contains(t, do(t, s, "OTA.End", ""), `"error"`)
+		require.Contains(t, <-reply, `"error"`)
+	})
+}
+
+// OTA.End aborts a pull as it does a push.
+func TestEndAbortsPull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newFake()
+		d.update = func(_ context.Context, r io.Reader) (ota.UpdateResult, error) {
+			_, err := io.ReadFull(r, make([]byte, 100))
+			return ota.UpdateResult{}, err
+		}
+		s, pull := pulling(t, d, -1, openSlowly, nil)
+		for range 2 { // the second time after a push
+			reply := pull()
+			time.Sleep(time.Hour)
+			require.Equal(t, fail(-1, "Update not started"), write(t, s, 0, "x"))
+			start := time.Now()
+			require.Equal(t, fail(-1, "-13 Unexpected end of data"), do(t, s, "OTA.End", ""))
+			require.Equal(t, start, time.Now())
+			require.Equal(t, fail(-1, "Unexpected end of data"), <-reply)
+			require.Contains(t, do(t, s, "OTA.Status", ""), `"state": 2, "message": "Unexpected end of data"`)
+			require.Equal(t, fail(-1, "Update not started"), do(t, s, "OTA.End", ""), "nothing is open")
+
+			require.Equal(t, null, do(t, s, "OTA.Begin", ""), "the next update can start")
+			require.Equal(t, null, write(t, s, 0, "x"))
+			require.Equal(t, fail(-1, "-13 Unexpected end of data"), do(t, s, "OTA.End", ""))
+		}
+	})
+}
+
+// Progress is what came of what the server announced, else what the device says.
+func TestPullProgress(t *testing.T) {
+	for size, want := range map[int64]int{11: 45, -1: 25} {
+		synctest.Test(t, func(t *testing.T) {
+			d := newFake()
+			d.progress = 0.25
+			d.update = func(_ context.Context, r io.Reader) (ota.UpdateResult, error) {
+				_, err := io.ReadFull(r, make([]byte, 5))
+				time.Sleep(time.Minute)
+				return ota.UpdateResult{Slot: 1}, err
+			}
+			s, pull := pulling(t, d, size, func(context.Context) io.ReadCloser {
+				return io.NopCloser(strings.NewReader("hello world"))
+			}, nil)
+			reply := pull()
+			require.Equal(t, statusText(1, "progress", true, want), do(t, s, "OTA.Status", ""))
+			require.Equal(t, `"result":true`, <-reply)
+			require.Equal(t, statusText(3, "Update applied, rebooting", true, 100), do(t, s, "OTA.Status", ""))
+		})
+	}
+	d := newFake()
+	d.busy, d.progress = "update", 0.5
+	require.Equal(t, statusText(1, "progress", true, 50), do(t, newTest(t, d, nil), "OTA.Status", ""), "one that the program itself started")
+}
+
+// counted counts how often it is closed.
+type counted struct {
+	io.Reader
+	closed *int
+}
+
+func (c counted) Close() error { *c.closed++; return nil }
+
+func TestDownloadIsClosed(t *testing.T) {
+	for _, status := range []int{200, 304, 404} {
+		for _, params := range []string{`{"url":"https://h/"}`, `{"file":"x"}`} {
+			for _, err := range []error{nil, ota.ErrPlatform} {
+				d := newFake()
+				d.errs["update"] = err
+				closed := 0
+				body := counted{strings.NewReader("firmware"), &closed}
+				s := newTest(t, d, func(o *Options) {
+					o.OpenFile = func(string) (io.ReadCloser, error) { return body, nil }
+					o.HTTPClient = &http.Client{Transport: roundTrip(func(r *http.Request) *http.Response {
+						res := response(status, "")
+						res.Body = body
+						return res
+					})}
+				})
+				do(t, s, "OTA.Update", params)
+				require.Equal(t, 1, closed, "%d %s %v", status, params, err)
+			}
+		}
+	}
 }

@@ -8,13 +8,16 @@
 //	kexec -l /new/boot/vmlinuz --append="root=… ota.slot=$slot" && kexec -e
 //
 // It prints slot=N and exits with status 0, or with 1 if no slot may be started.
-// The rest of the story is examples/daemon.
+// A slot that cannot be opened is one that may not be started, no more. The rest
+// of the story is examples/daemon.
 package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 
@@ -42,13 +45,21 @@ func main() {
 // choose verifies the slots and uses up a boot of a firmware on trial.
 func choose(ctx context.Context, slot0, slot1, state string) (ota.Handover, error) {
 	var slots []ota.Slot
-	for _, path := range []string{slot0, slot1} {
+	var gone [2]error // why a slot cannot be opened
+	for i, path := range []string{slot0, slot1} {
+		var flash ota.Flash
 		f, err := fileflash.Open(path, &fileflash.Options{ReadOnly: true})
-		if err != nil {
-			return ota.Handover{}, err
+		if err == nil {
+			defer f.Close()
+			flash = f
+		} else {
+			gone[i] = err
+			flash = &noFlash{err}
 		}
-		defer f.Close()
-		slots = append(slots, ota.Slot{Parts: []ota.Part{{Name: "rootfs", Flash: f}}})
+		slots = append(slots, ota.Slot{Parts: []ota.Part{{Name: "rootfs", Flash: flash}}})
+	}
+	if gone[0] != nil && gone[1] != nil {
+		return ota.Handover{}, fmt.Errorf("%w: %w", ota.ErrNotBootable, errors.Join(gone[:]...))
 	}
 	var copies []string
 	for _, name := range []string{"boot.0", "boot.1", "boot.2"} {
@@ -58,5 +69,22 @@ func choose(ctx context.Context, slot0, slot1, state string) (ota.Handover, erro
 	if err != nil {
 		return ota.Handover{}, err
 	}
-	return ota.Boot(ctx, record, slots, nil)
+	h, err := ota.Boot(ctx, record, slots, &ota.BootOptions{
+		// What the device came with has no digests yet, and is not read.
+		Check: func(_ context.Context, id ota.SlotID) error { return gone[id] },
+	})
+	for _, g := range gone {
+		if err == nil && g != nil && !errors.Is(h.Problem, g) { // it was not needed
+			h.Problem = errors.Join(h.Problem, g)
+		}
+	}
+	return h, err
 }
+
+// noFlash stands for a slot that cannot be opened.
+type noFlash struct{ err error }
+
+func (f *noFlash) ReadAt([]byte, int64) (int, error)  { return 0, f.err }
+func (f *noFlash) WriteAt([]byte, int64) (int, error) { return 0, f.err }
+func (f *noFlash) Sync() error                        { return f.err }
+func (f *noFlash) Size() int64                        { return math.MaxInt64 } // nothing is too large to be read

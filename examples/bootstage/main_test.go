@@ -108,11 +108,53 @@ func TestDamagedTrialIsNotStarted(t *testing.T) {
 	require.Equal(t, ota.ReasonVerify, h.State.Last.Reason)
 }
 
+// A slot that cannot even be opened does not keep the other one from starting.
+func TestSlotIsGone(t *testing.T) {
+	ctx := t.Context()
+	gone := func(b board, i int) {
+		require.NoError(t, os.Remove(b.slot[i]))
+	}
+	start := func(b board, want ota.SlotID) ota.Handover {
+		t.Helper()
+		h, err := choose(ctx, b.slot[0], b.slot[1], b.state)
+		require.NoError(t, err)
+		require.Equal(t, want, h.Slot)
+		require.ErrorIs(t, h.Problem, os.ErrNotExist)
+		return h
+	}
+
+	b := newBoard(t) // no boot state yet
+	gone(b, 1)
+	start(b, 0)
+	b = newBoard(t)
+	gone(b, 0)
+	start(b, 1)
+
+	b = newBoard(t) // on trial
+	b.update(t)
+	gone(b, 1)
+	h := start(b, 0)
+	require.Equal(t, ota.ReasonVerify, h.State.Last.Reason)
+	require.Contains(t, h.State.Last.Message, "open", "why it could not be verified")
+	require.True(t, h.State.Committed)
+	start(b, 0)
+
+	b = newBoard(t) // the way back
+	b.update(t)
+	gone(b, 0)
+	h = start(b, 1)
+	require.True(t, h.FirstBoot)
+	require.True(t, h.Verified)
+
+	gone(b, 1)
+	_, err := choose(ctx, b.slot[0], b.slot[1], b.state)
+	require.ErrorIs(t, err, os.ErrNotExist)
+	require.ErrorIs(t, err, ota.ErrNotBootable)
+}
+
 func TestNothingToStart(t *testing.T) {
 	b := newBoard(t)
-	_, err := choose(t.Context(), b.slot[0], filepath.Join(b.state, "none.img"), b.state)
-	require.ErrorIs(t, err, os.ErrNotExist)
-	_, err = choose(t.Context(), b.slot[0], b.slot[1], filepath.Join(b.state, "none"))
+	_, err := choose(t.Context(), b.slot[0], b.slot[1], filepath.Join(b.state, "none"))
 	require.ErrorIs(t, err, os.ErrNotExist, "a state directory that is not mounted is no fresh device")
 
 	// Both slots damaged after they were known to be good.

@@ -21,6 +21,7 @@ import (
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/boot/bootrecord"
 	"github.com/slotota/ota/bundle"
+	"github.com/slotota/ota/fetch"
 	"github.com/slotota/ota/flash/memflash"
 	"github.com/slotota/ota/rpcjson"
 )
@@ -133,11 +134,11 @@ func (d *device) boot(ctx context.Context) error {
 		return err
 	}
 	srv, err := rpcjson.New(dev, rpcjson.Options{
-		ID:        "quickstart_1",
-		Info:      rpcjson.Info{App: product, Version: version, Platform: platform},
-		Open:      d.policy.Image,
-		NoAuth:    true, // fine for a demonstration only
-		AllowHTTP: true, // the firmware comes over loopback
+		ID:     "quickstart_1",
+		Info:   rpcjson.Info{App: product, Version: version, Platform: platform},
+		Open:   d.policy.Image,
+		NoAuth: true,                                                // fine for a demonstration only
+		Fetch:  &fetch.Policy{AllowHTTP: true, AllowLoopback: true}, // the firmware comes over loopback
 	})
 	if err != nil {
 		return err

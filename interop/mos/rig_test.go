@@ -26,6 +26,7 @@ import (
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/boot/bootrecord"
 	"github.com/slotota/ota/bundle"
+	"github.com/slotota/ota/fetch"
 	"github.com/slotota/ota/flash/memflash"
 	"github.com/slotota/ota/rpcjson"
 )
@@ -188,11 +189,11 @@ func (d *rig) boot(ctx context.Context, l net.Listener, started func()) error {
 		version, buildID = st.Version, st.BuildID
 	}
 	srv, err := rpcjson.New(device, rpcjson.Options{
-		ID:        "esp32_123456",
-		Info:      rpcjson.Info{App: "demo", Platform: "esp32", Version: version, BuildID: buildID, MAC: "240AC4123456", OSVersion: "2.20.0"},
-		Open:      d.opt.policy.Image,
-		NoAuth:    true,
-		AllowHTTP: true,
+		ID:     "esp32_123456",
+		Info:   rpcjson.Info{App: "demo", Platform: "esp32", Version: version, BuildID: buildID, MAC: "240AC4123456", OSVersion: "2.20.0"},
+		Open:   d.opt.policy.Image,
+		NoAuth: true,
+		Fetch:  &fetch.Policy{AllowHTTP: true, AllowLoopback: true},
 		OpenFile: func(name string) (io.ReadCloser, error) {
 			return os.OpenInRoot(testdata, name)
 		},

@@ -1,0 +1,281 @@
+package rpcjson
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/slotota/ota"
+)
+
+// Defaults of ClientOptions; the timeout is that of mos.
+const (
+	DefaultCallTimeout = 20 * time.Second
+	DefaultMaxReply    = 1 << 20
+)
+
+// ErrNoReply says that a call was sent, or could not be, and that no reply came:
+// whether the device has acted on it is not known. [net.OpError] with the Op
+// "dial" in the chain says that it has not.
+var ErrNoReply = errors.New("no reply")
+
+// ErrBadReply says that what came back is no reply to the call. Whether the
+// device has acted on it is not known.
+var ErrBadReply = errors.New("unintelligible reply")
+
+// Channel carries frames to a device and their replies back. Its methods may be
+// called concurrently.
+type Channel interface {
+	// RoundTrip sends a request frame, which ends in a newline, and returns the
+	// reply to it, of at most max bytes. An error of type *Error comes from the
+	// device, or from what stands in front of it; any other one means that there
+	// was no reply. A reply that is too long wraps ota.ErrTooLarge.
+	RoundTrip(ctx context.Context, frame []byte, max int) (reply []byte, err error)
+	Close() error
+}
+
+// ClientOptions configure a Client. The zero value is safe.
+type ClientOptions struct {
+	// Token is sent as HTTP bearer token (RFC 6750). Over plain http whoever
+	// listens can read it.
+	Token string
+	// HTTPClient is used for http and https URLs, but follows no redirects. nil
+	// means one with a time limit for connecting, and without proxies from the
+	// environment.
+	HTTPClient *http.Client
+	// Timeout bounds each call; 0 means DefaultCallTimeout.
+	Timeout time.Duration
+	// MaxReply bounds a reply, in bytes; 0 means DefaultMaxReply.
+	MaxReply int
+	// CompatArgs sends parameters as the member args, which is what the oldest
+	// devices know, instead of params (mos --mgrpc-compat-args).
+	CompatArgs bool
+}
+
+// Client calls the methods of a device: one that is served by this package, or a
+// genuine one. Its methods may be called concurrently.
+type Client struct {
+	ch Channel
+	o  ClientOptions
+}
+
+// Dial returns a client for the device at rawURL:
+//
+//	http://HOST[:PORT][/PATH]    frames are posted to PATH, or else to /rpc
+//	https://HOST[:PORT][/PATH]   likewise
+//	unix:///PATH                 HTTP over the socket at PATH
+//
+// Nothing is sent yet. For other transports see [NewClient]. Errors wrap
+// [ota.ErrInvalid]. o may be nil.
+func Dial(_ context.Context, rawURL string, o *ClientOptions) (*Client, error) {
+	var opts ClientOptions
+	if o != nil {
+		opts = *o
+	}
+	ch, err := newHTTPChannel(rawURL, &opts)
+	if err != nil {
+		return nil, fmt.Errorf("rpcjson: device URL: %w: %w", err, ota.ErrInvalid)
+	}
+	return NewClient(ch, &opts), nil
+}
+
+// NewClient returns a client that uses ch, which it closes with itself. o may be
+// nil; its members about HTTP have no effect.
+func NewClient(ch Channel, o *ClientOptions) *Client {
+	c := &Client{ch: ch}
+	if o != nil {
+		c.o = *o
+	}
+	if c.o.Timeout <= 0 {
+		c.o.Timeout = DefaultCallTimeout
+	}
+	if c.o.MaxReply <= 0 {
+		c.o.MaxReply = DefaultMaxReply
+	}
+	return c
+}
+
+// Close gives up the connections to the device.
+func (c *Client) Close() error { return c.ch.Close() }
+
+// Call calls a method. params is encoded by encoding/json; nil sends none. The
+// result is decoded into result, unless that is nil.
+//
+// An error that the device answers is an *[Error], but code 0 is a success (as
+// old devices answer some calls). Others wrap [ErrNoReply], [ErrBadReply] or, if
+// nothing was sent, [ota.ErrInvalid].
+func (c *Client) Call(ctx context.Context, method string, params, result any) error {
+	ctx, cancel := context.WithTimeout(ctx, c.o.Timeout)
+	defer cancel()
+	return c.call(ctx, method, params, result)
+}
+
+// call is Call without a time limit of its own.
+func (c *Client) call(ctx context.Context, method string, params, result any) error {
+	// The largest id that every client and device takes for a number.
+	id := rand.Int64N(1<<40) + 1<<40
+	var frame bytes.Buffer
+	e := json.NewEncoder(&frame)
+	e.SetEscapeHTML(false) // old devices do not resolve escapes in URLs
+	req := request{Src: "ota", ID: id, Method: method, Params: params}
+	if c.o.CompatArgs {
+		req.Params, req.Args = nil, params
+	}
+	if err := e.Encode(req); err != nil {
+		return fmt.Errorf("rpcjson: %s: parameters: %w: %w", printable(method), err, ota.ErrInvalid)
+	}
+	b, err := c.ch.RoundTrip(ctx, frame.Bytes(), c.o.MaxReply)
+	if err == nil {
+		var raw json.RawMessage
+		if raw, err = parseReply(b, id); err == nil && result != nil && len(raw) > 0 {
+			if err = json.Unmarshal(raw, result); err != nil {
+				err = fmt.Errorf("%w: result: %w", ErrBadReply, err)
+			}
+		}
+	} else if _, ok := err.(*Error); !ok && !errors.Is(err, ota.ErrTooLarge) {
+		err = fmt.Errorf("%w: %w", ErrNoReply, err)
+	}
+	if _, ok := err.(*Error); ok || err == nil {
+		return err
+	}
+	return fmt.Errorf("rpcjson: %s: %w", printable(method), err)
+}
+
+// request is a frame with its members in the order of mos.
+type request struct {
+	Src    string `json:"src"`
+	ID     int64  `json:"id"`
+	Method string `json:"method"`
+	Params any    `json:"params,omitempty"`
+	Args   any    `json:"args,omitempty"`
+}
+
+// parseReply returns the result in a reply to the call id.
+func parseReply(b []byte, id int64) (json.RawMessage, error) {
+	var reply struct {
+		ID     json.RawMessage `json:"id"`
+		Result json.RawMessage `json:"result"`
+		Error  *Error          `json:"error"`
+	}
+	if err := json.Unmarshal(b, &reply); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrBadReply, err)
+	}
+	if got := strings.Trim(string(reply.ID), `"`); got != fmt.Sprint(id) {
+		return nil, fmt.Errorf("%w: it is for call %s", ErrBadReply, ota.Quote(got))
+	}
+	if e := reply.Error; e != nil && e.Code != 0 {
+		return nil, e
+	}
+	return reply.Result, nil
+}
+
+// httpChannel posts frames to a URL.
+type httpChannel struct {
+	url    string
+	token  string
+	client *http.Client
+}
+
+func newHTTPChannel(rawURL string, o *ClientOptions) (*httpChannel, error) {
+	u, err := url.Parse(rawURL)
+	if err != nil {
+		return nil, errors.New("not a URL") // the error of Parse quotes all of it
+	}
+	if u.User != nil {
+		return nil, errors.New("credentials in the URL; they have an option of their own")
+	}
+	dialer := &net.Dialer{Timeout: 10 * time.Second}
+	t := &http.Transport{
+		DialContext:         dialer.DialContext,
+		TLSHandshakeTimeout: 15 * time.Second,
+		IdleConnTimeout:     5 * time.Second, // devices have few connections
+		DisableCompression:  true,
+	}
+	c := &http.Client{Transport: t}
+	switch u.Scheme {
+	case "http", "https":
+		if u.Host == "" {
+			return nil, errors.New("no host")
+		}
+		if o.HTTPClient != nil {
+			k := *o.HTTPClient
+			c = &k
+		}
+	case "unix":
+		path := u.Path
+		if path == "" || u.Host != "" {
+			return nil, errors.New("need unix:///PATH")
+		}
+		t.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "unix", path)
+		}
+		u = &url.URL{Scheme: "http", Host: "localhost"}
+	default:
+		return nil, fmt.Errorf("scheme %s: need http, https or unix", ota.Quote(u.Scheme))
+	}
+	if u.Path == "" || u.Path == "/" {
+		u.Path = "/rpc"
+	}
+	// A redirect would take the token, and the firmware, somewhere else.
+	c.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	return &httpChannel{url: u.String(), token: o.Token, client: c}, nil
+}
+
+func (h *httpChannel) Close() error {
+	h.client.CloseIdleConnections()
+	return nil
+}
+
+func (h *httpChannel) RoundTrip(ctx context.Context, frame []byte, max int) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, h.url, bytes.NewReader(frame))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("Connection", "keep-alive") // devices close otherwise
+	req.Header.Set("User-Agent", "ota")
+	if h.token != "" {
+		req.Header.Set("Authorization", "Bearer "+h.token)
+	}
+	res, err := h.client.Do(req)
+	if err != nil {
+		var ue *url.Error
+		if errors.As(err, &ue) {
+			err = ue.Err
+		}
+		return nil, err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(res.Body, int64(max)+1))
+	switch {
+	case err != nil:
+		return nil, err
+	case len(b) > max:
+		return nil, fmt.Errorf("reply of more than %d bytes: %w", max, ota.ErrTooLarge)
+	case res.StatusCode == http.StatusOK:
+		return b, nil
+	}
+	e := &Error{Code: res.StatusCode}
+	if json.Unmarshal(b, e) != nil || e.Code == 0 {
+		e.Code, e.Message = res.StatusCode, "HTTP status "+res.Status
+		if text := strings.TrimSpace(string(b)); text != "" {
+			e.Message += ": " + printable(text)
+		}
+	}
+	return nil, e
+}
+
+// dialFailed reports whether err says that the call was never sent.
+func dialFailed(err error) bool {
+	var oe *net.OpError
+	return errors.As(err, &oe) && oe.Op == "dial"
+}

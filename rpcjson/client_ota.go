@@ -1,0 +1,534 @@
+package rpcjson
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/slotota/ota"
+)
+
+// The states of OTA.Status.
+const (
+	StateIdle     = stateIdle
+	StateProgress = stateProgress // an update is under way
+	StateError    = stateError    // the last update failed
+	StateSuccess  = stateSuccess  // about to reboot
+)
+
+// DeviceStatus is the result of OTA.Status.
+type DeviceStatus struct {
+	State         int     `json:"state"`
+	Message       string  `json:"message"`
+	Committed     bool    `json:"is_committed"`
+	Percent       float64 `json:"progress_percent"`
+	CommitTimeout int64   `json:"commit_timeout"` // seconds
+	ActiveSlot    int     `json:"partition"`
+}
+
+// Status calls OTA.Status.
+func (c *Client) Status(ctx context.Context) (s DeviceStatus, err error) {
+	err = c.Call(ctx, "OTA.Status", nil, &s)
+	return s, err
+}
+
+// BootState calls OTA.GetBootState.
+func (c *Client) BootState(ctx context.Context) (s ota.BootState, err error) {
+	err = c.Call(ctx, "OTA.GetBootState", nil, &s)
+	return s, err
+}
+
+// ErrUnknown says that the device was lost sight of during an update, and does
+// not say afterwards that it was installed.
+var ErrUnknown = errors.New("the device does not say that the update was installed")
+
+// PushOptions configure [Client.Push]. The zero value is safe.
+type PushOptions struct {
+	// ChunkSize is the number of bytes of each OTA.Write; 0 means 32 KiB. It
+	// becomes smaller if the device cannot take so much at once.
+	ChunkSize int
+	// Timeout is how long the device waits for data before it gives up, and
+	// CommitTimeout the time for the commit after the reboot; nil leaves the
+	// choice to the device.
+	Timeout, CommitTimeout *time.Duration
+	// Begin replaces all parameters of OTA.Begin, if not nil.
+	Begin json.RawMessage
+	// Resume continues a session of the same bundle that an earlier Push has
+	// left open, instead of refusing. The device verifies the whole.
+	Resume bool
+	// RetryFor is how long an unreachable device is waited for; 0 means one
+	// minute.
+	RetryFor time.Duration
+	// Progress, if not nil, is told how many bytes the device has taken, between
+	// two calls to the device.
+	Progress func(done, total int64)
+}
+
+const (
+	defaultChunk = 32 << 10
+	minChunk     = 512
+	maxRestarts  = 2
+	stuckFor     = 10 * time.Minute // without a byte taken, while the device answers
+	probeOffset  = math.MaxInt32    // no bundle ends exactly there
+)
+
+// Push installs the bundle in the size bytes of r: OTA.Status, OTA.Begin, OTA.Write
+// until all is there, OTA.End. When it returns nil the device has verified and
+// selected the firmware, and is about to reboot into it.
+//
+// A call without a reply is repeated; the device knows repeated chunks from new
+// ones. If it expects another offset the push continues there, and if it has
+// restarted meanwhile the push starts anew. If Push gives up it ends the session,
+// so that the device can be updated again at once; an unreachable device gives up
+// by itself after the timeout.
+//
+// The error wraps [ota.ErrBusy] if another update is under way,
+// [ota.ErrRebootPending] if the device is about to reboot, [ErrUnknown] or what
+// [Client.Call] says. o may be nil.
+func (c *Client) Push(ctx context.Context, r io.ReaderAt, size int64, o *PushOptions) error {
+	if size <= 0 {
+		return fmt.Errorf("rpcjson: push of %d bytes: %w", size, ota.ErrInvalid)
+	}
+	p := &pusher{c: c, r: r, size: size}
+	if o != nil {
+		p.o = *o
+	}
+	if p.chunk = p.o.ChunkSize; p.chunk <= 0 {
+		p.chunk = defaultChunk
+	}
+	if p.o.RetryFor <= 0 {
+		p.o.RetryFor = time.Minute
+	}
+	err := p.run(ctx)
+	if err != nil && p.open && p.off < size {
+		// An End before the end aborts.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(5*time.Second, c.o.Timeout))
+		defer cancel()
+		_ = c.call(ctx, "OTA.End", nil, nil)
+	}
+	return err
+}
+
+// pusher is the state of one Push.
+type pusher struct {
+	c      *Client
+	r      io.ReaderAt
+	size   int64
+	o      PushOptions
+	before ota.BootState
+	chunk  int
+	off    int64 // next byte to be sent
+	top    int64 // most that was ever taken
+	open   bool  // there is a session of ours
+}
+
+func (p *pusher) run(ctx context.Context) error {
+	st, err := p.c.Status(ctx)
+	if err != nil {
+		return err
+	}
+	if p.before, err = p.c.BootState(ctx); err != nil {
+		return err
+	}
+	switch {
+	case st.State == StateProgress && p.o.Resume:
+		if p.off, err = p.probe(ctx); err != nil {
+			return err
+		}
+		p.open = true
+	case st.State == StateProgress:
+		return fmt.Errorf("rpcjson: push: an update is in progress: %w", ota.ErrBusy)
+	case st.State == StateSuccess:
+		return fmt.Errorf("rpcjson: push: %w", ota.ErrRebootPending)
+	default:
+		if err := p.begin(ctx); err != nil {
+			return err
+		}
+	}
+	for restarts := 0; ; restarts++ {
+		err := p.send(ctx)
+		if err == nil {
+			break
+		}
+		if !notStarted(err) || restarts == maxRestarts {
+			return err
+		}
+		p.open = false
+		if err := p.begin(ctx); err != nil {
+			return err
+		}
+	}
+	return p.end(ctx)
+}
+
+func (p *pusher) begin(ctx context.Context) error {
+	var params any = p.o.Begin
+	if p.o.Begin == nil {
+		m := struct {
+			Timeout       *int64 `json:"timeout,omitempty"`
+			CommitTimeout *int64 `json:"commit_timeout,omitempty"`
+			Size          int64  `json:"size"`
+		}{seconds(p.o.Timeout), seconds(p.o.CommitTimeout), p.size}
+		params = m
+	}
+	p.off, p.top = 0, 0
+	w := newWaiter(p.o.RetryFor)
+	for {
+		err := p.c.Call(ctx, "OTA.Begin", params, nil)
+		if err == nil {
+			p.open = true
+			return nil
+		}
+		if !again(err) {
+			return err
+		}
+		if err := w.wait(ctx, err); err != nil {
+			return err
+		}
+	}
+}
+
+// seconds returns d in whole seconds, rounded up, nil for nil.
+func seconds(d *time.Duration) *int64 {
+	if d == nil {
+		return nil
+	}
+	s := int64((max(0, *d) + time.Second - 1) / time.Second)
+	return &s
+}
+
+// send sends the data from p.off on.
+func (p *pusher) send(ctx context.Context) error {
+	w := newWaiter(p.o.RetryFor)
+	progressed := time.Now()
+	resyncs, tries := 0, 0
+	var buf []byte
+	for p.off < p.size {
+		if p.off > p.top {
+			p.top, progressed, resyncs = p.off, time.Now(), 0
+		}
+		p.progress()
+		n := int(min(int64(p.chunk), p.size-p.off))
+		if cap(buf) < n {
+			buf = make([]byte, n)
+		}
+		if k, err := p.r.ReadAt(buf[:n], p.off); k < n {
+			if err == nil || err == io.EOF {
+				err = io.ErrUnexpectedEOF
+			}
+			return fmt.Errorf("rpcjson: push: read at byte %d: %w", p.off, err)
+		}
+		err := p.write(ctx, p.off, buf[:n])
+		if err == nil {
+			p.off += int64(n)
+		} else {
+			next, ok := expected(err)
+			switch {
+			case ok && next >= 0 && next <= p.size:
+				p.off = next
+				// Bounded unless there is progress.
+				if resyncs++; resyncs > 20 {
+					return err
+				}
+			case tooLong(err) && n > 1:
+				p.chunk = n / 2
+				continue
+			case again(err):
+				tries++
+				if err := w.wait(ctx, err); err != nil {
+					return err
+				}
+				if tries < 2 {
+					continue
+				}
+				// Did the chunk get there? If so the device may be busy with it, and
+				// recognises it when it comes again. If not, perhaps it is too
+				// large for something on the way.
+				next, perr := p.probe(ctx)
+				if perr == nil {
+					w.reset() // it can be reached
+				}
+				switch {
+				case again(perr):
+				case perr != nil:
+					return perr
+				case next == p.off:
+					p.chunk = max(min(n, minChunk), n/2)
+				case next != p.off+int64(n) || tries > 4:
+					p.off, tries = next, 0
+				}
+				if time.Since(progressed) > stuckFor {
+					return err
+				}
+				continue
+			case otherData(err):
+				// A longer chunk had arrived after all.
+				next, perr := p.probe(ctx)
+				if perr != nil {
+					return perr
+				}
+				if resyncs++; resyncs > 20 {
+					return err
+				}
+				p.off = next
+			default:
+				return err
+			}
+		}
+		tries = 0
+		w.reset()
+	}
+	p.progress()
+	return nil
+}
+
+func (p *pusher) progress() {
+	if p.o.Progress != nil {
+		p.o.Progress(p.off, p.size)
+	}
+}
+
+func (p *pusher) write(ctx context.Context, off int64, data []byte) error {
+	return p.c.Call(ctx, "OTA.Write", struct {
+		Offset int64  `json:"offset"`
+		Data   []byte `json:"data"`
+	}{off, data}, nil)
+}
+
+// probe asks the device which offset it expects, by a write that it must refuse.
+func (p *pusher) probe(ctx context.Context) (int64, error) {
+	err := p.write(ctx, probeOffset, []byte{0})
+	if next, ok := expected(err); ok && next >= 0 && next <= p.size {
+		return next, nil
+	}
+	if err == nil {
+		err = fmt.Errorf("rpcjson: push: the device takes data at any offset: %w", ErrBadReply)
+	}
+	return 0, err
+}
+
+func (p *pusher) end(ctx context.Context) error {
+	w := newWaiter(p.o.RetryFor)
+	for {
+		err := p.c.Call(ctx, "OTA.End", nil, nil)
+		if err == nil || !again(err) && !notStarted(err) {
+			return err
+		}
+		over, verdict := p.c.verdict(ctx, p.before)
+		if over {
+			return verdict
+		}
+		if verdict == nil {
+			w.reset() // it answers, and is at work
+		}
+		if err := w.wait(ctx, err); err != nil {
+			return err
+		}
+	}
+}
+
+// verdict asks the device how an update ended whose reply was lost. The error is
+// nil if the update is under way, or over with success.
+func (c *Client) verdict(ctx context.Context, before ota.BootState) (over bool, err error) {
+	st, err := c.Status(ctx)
+	var e *Error
+	if err != nil && (!errors.As(err, &e) || e.Code != 404) { // the oldest devices have no OTA.Status
+		return !again(err), err
+	}
+	switch st.State {
+	case StateProgress:
+		return false, nil
+	case StateSuccess:
+		return true, nil
+	case StateError:
+		return true, &Error{Code: -1, Message: st.Message}
+	}
+	now, err := c.BootState(ctx)
+	switch {
+	case err != nil:
+		return !again(err), err
+	case now.Active != before.Active, now.Committed != before.Committed:
+		return true, nil // it has rebooted already
+	case strings.Contains(st.Message, sameText):
+		return true, nil
+	}
+	return true, fmt.Errorf("rpcjson: %w; its status is %s", ErrUnknown, ota.Quote(st.Message))
+}
+
+// sameText is the message of an update that was not needed.
+const sameText = "Version is the same"
+
+// PullOptions configure [Client.Update].
+type PullOptions struct {
+	// URL is what the device downloads, File what it opens; without both it
+	// chooses itself.
+	URL, File string
+	// Timeout and CommitTimeout are as in PushOptions.
+	Timeout, CommitTimeout *time.Duration
+	// IgnoreSameVersion makes the device do nothing if it runs that version.
+	IgnoreSameVersion bool
+	// RetryFor is how long an unreachable device is waited for; 0 means one
+	// minute.
+	RetryFor time.Duration
+	// Progress, if not nil, is told the progress about once per second.
+	Progress func(percent float64)
+}
+
+// Update calls OTA.Update, whose reply comes when the update is over, and watches
+// OTA.Status meanwhile. If the reply is lost or overdue the status and the boot
+// state tell how it ended, so that a broken connection alone is no failure. When
+// it returns nil the firmware is installed, or nothing needed to be done (the boot
+// state is unchanged then). The update goes on if ctx ends.
+//
+// Errors are those of [Client.Call], or wrap [ErrUnknown]. o may be nil.
+func (c *Client) Update(ctx context.Context, o *PullOptions) error {
+	if o == nil {
+		o = &PullOptions{}
+	}
+	before, err := c.BootState(ctx)
+	if err != nil {
+		return err
+	}
+	params := struct {
+		URL           string `json:"url,omitempty"`
+		File          string `json:"file,omitempty"`
+		Timeout       *int64 `json:"timeout,omitempty"`
+		CommitTimeout *int64 `json:"commit_timeout,omitempty"`
+		Same          bool   `json:"ignore_same_version,omitempty"`
+	}{o.URL, o.File, seconds(o.Timeout), seconds(o.CommitTimeout), o.IgnoreSameVersion}
+
+	callCtx, cancel := context.WithCancel(ctx)
+	reply := make(chan error, 1)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		reply <- c.call(callCtx, "OTA.Update", params, nil)
+	}()
+	defer func() { cancel(); <-ended }()
+
+	retry := o.RetryFor
+	if retry <= 0 {
+		retry = time.Minute
+	}
+	w := newWaiter(retry)
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	atWork := time.Now() // when the update was last known, or must be assumed, to be under way
+	var lost error       // why there will be no reply
+	for {
+		select {
+		case err := <-reply:
+			if err == nil || !again(err) || dialFailed(err) {
+				return err
+			}
+			lost = err
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("rpcjson: OTA.Update: %w: %w", ErrNoReply, context.Cause(ctx))
+		}
+		if lost != nil {
+			over, err := c.verdict(ctx, before)
+			switch {
+			case over:
+				return err
+			case err != nil:
+				if err := w.wait(ctx, lost); err != nil {
+					return err
+				}
+			default:
+				w.reset()
+			}
+		}
+		if st, err := c.Status(ctx); err == nil && st.State == StateProgress {
+			atWork = time.Now()
+			if o.Progress != nil {
+				o.Progress(st.Percent)
+			}
+		} else if time.Since(atWork) > c.o.Timeout {
+			cancel() // the reply is overdue
+		}
+	}
+}
+
+// again reports whether a call that failed with err may be repeated: nobody
+// answered, or somebody who is overloaded or about to reboot.
+func again(err error) bool {
+	var e *Error
+	if errors.As(err, &e) {
+		switch e.Code {
+		case 418, 429, 502, 503, 504:
+			return true
+		}
+		return e.Message == "one OTA.Write at a time"
+	}
+	return errors.Is(err, ErrNoReply)
+}
+
+func notStarted(err error) bool { return hasMessage(err, errNotStarted.Message) }
+
+func otherData(err error) bool { return hasMessage(err, "was already written with other data") }
+
+func hasMessage(err error, part string) bool {
+	var e *Error
+	return errors.As(err, &e) && strings.Contains(e.Message, part)
+}
+
+// tooLong reports whether a frame was refused for its length, or cut on its way.
+func tooLong(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && (e.Code == 413 || e.Code == 400 && strings.Contains(e.Message, "Invalid request"))
+}
+
+var expectedOffset = regexp.MustCompile(`^Expected offset ([0-9]{1,18}), got `)
+
+// expected returns the offset that a device says it expects.
+func expected(err error) (int64, bool) {
+	var e *Error
+	if !errors.As(err, &e) {
+		return 0, false
+	}
+	m := expectedOffset.FindStringSubmatch(e.Message)
+	if m == nil {
+		return 0, false
+	}
+	n, err := strconv.ParseInt(m[1], 10, 64)
+	return n, err == nil
+}
+
+// waiter spaces out attempts, ever more, and bounds the time they take together.
+type waiter struct {
+	limit time.Duration
+	start time.Time // of the first failure in a row
+	delay time.Duration
+}
+
+func newWaiter(limit time.Duration) *waiter { return &waiter{limit: limit} }
+
+// reset says that the device answered.
+func (w *waiter) reset() { w.delay = 0 }
+
+// wait waits for the next attempt. It returns cause once the time is used up.
+func (w *waiter) wait(ctx context.Context, cause error) error {
+	if w.delay == 0 {
+		w.start, w.delay = time.Now(), 100*time.Millisecond
+	}
+	if time.Since(w.start) >= w.limit {
+		return cause
+	}
+	t := time.NewTimer(w.delay)
+	defer t.Stop()
+	w.delay = min(2*w.delay, 5*time.Second)
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%w: %w", context.Cause(ctx), cause)
+	}
+}
