@@ -1,0 +1,321 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/slotota/ota"
+)
+
+// command is an entry of the table that usage, manual page and completion are
+// made from.
+type command struct {
+	name     string
+	args     string // synopsis of what follows the flags
+	short    string // one line
+	long     string // paragraphs, one line each
+	examples []string
+	// setup defines the flags, and returns what runs once they are parsed.
+	setup func(fs *flag.FlagSet) func(ctx context.Context, e *env, args []string) error
+}
+
+func commands() []command {
+	return []command{
+		{"keygen", "", "make a key pair to sign with",
+			"Writes a P-256 private key (PKCS #8, readable by you only) and beside it the public key for devices and for ota verify. Nothing is overwritten.",
+			[]string{"ota keygen -o release.pem"}, keygen},
+		{"create", "", "make a bundle from files, a directory or another bundle",
+			"The same input gives the same bytes. With SOURCE_DATE_EPOCH set, that is the build's time stamp, and its default build id.\n" +
+				"A part is NAME=FILE, then properties of the manifest (type=fs, ptn=fs_0, update=false, ...). NAME=,size=N,fill=B is a part without a file. NAME,PROPERTY=VALUE changes a part of the bundle or directory that the new one is made from.\n" +
+				"A directory holds manifest.json and the files it names, as ota extract writes them; or only files, each of which becomes a part with its name up to the first dot.",
+			[]string{
+				"ota create -o fw.zip -name gateway -platform acme-gw2 -version 1.2 -part rootfs=rootfs.img -sign release.pem",
+				"ota create -o fw.zip -from old.zip -version 1.3 -part rootfs=new.img -remove docs",
+				"ota create -o fw.zip -dir build/ -platform esp32 -part nvs=,size=16384,fill=255",
+			}, create},
+		{"sign", "FILE", "add or replace signatures",
+			"All else in the bundle keeps its bytes, so that signatures of other keys stay valid. A key goes into the first free place, or into the one named.",
+			[]string{"ota sign -key release.pem fw.zip", "ota sign -key 2=second.pem -o both.zip fw.zip"}, sign},
+		{"inspect", "FILE", "show what is in a bundle",
+			"Checks the whole file, but no signatures, except to tell which of the given keys they are by. It also tells what devices with Mongoose OS would say: those of 2016-17 (G1), 2018-19 (G2), and since 2020 (G3).",
+			[]string{"ota inspect fw.zip", "ota inspect -key release.pub.pem -json fw.zip"}, inspect},
+		{"verify", "FILE...", "check bundles as a device would",
+			"Prints one line per file: ok, damaged, unsigned, wrong-key, wrong-platform, wrong-product or too-old, and the particulars. The exit code is that of the first file that fails. - is the standard input.",
+			[]string{"ota verify -key release.pub.pem -platform acme-gw2 fw.zip", "ota verify -allow-unsigned -json fw.zip"}, verify},
+		{"extract", "FILE [PART...]", "take the manifest and the files out of a bundle",
+			"The bundle is verified first. Nothing is overwritten without -f.",
+			[]string{"ota extract -C build/ fw.zip", "ota extract -stdout fw.zip rootfs >rootfs.img"}, extract},
+		{"push", "FILE|URL", "send a bundle to a device",
+			"The bundle is checked, then sent in pieces; broken connections are mended. With -wait it follows the device through its reboot, and reports whether the firmware was committed or rolled back, and why. With -commit-after it commits the firmware itself, once the device has run it and answered for that long.",
+			[]string{
+				"ota push -device http://192.168.1.5 fw.zip",
+				"OTA_DEVICE=unix:///run/ota.sock ota push -commit-timeout 5m -commit-after 30s fw.zip",
+			}, push},
+		{"update", "[URL]", "tell a device to download a bundle",
+			"Without URL the device chooses itself. -wait and -commit-after are those of ota push.",
+			[]string{"ota update -device http://192.168.1.5 -wait https://updates.example.com/fw.zip"}, update},
+		{"commit", "", "declare the firmware on trial good",
+			"Exit code 3 if there is nothing to commit.",
+			[]string{"ota commit -device http://192.168.1.5"}, commit},
+		{"revert", "", "go back from the firmware on trial",
+			"The device reboots into the firmware before. Exit code 3 if there is nothing to revert.",
+			[]string{"ota revert -device http://192.168.1.5"}, revert},
+		{"snapshot", "", "copy the running firmware into the free slot",
+			"", []string{"ota snapshot -set-as-revert -commit-timeout 10m"}, snapshot},
+		{"state", "", "show the boot state, or change it",
+			"With any of the flags active, revert, committed and commit-timeout it is changed first (OTA.SetBootState). It takes effect with the next reboot.",
+			[]string{"ota state", "ota state -active 1 -commit-timeout 5m && ota call Sys.Reboot"}, state},
+		{"status", "", "show what a device runs and does",
+			"", []string{"ota status -device http://192.168.1.5", "ota status -follow"}, status},
+		{"call", "METHOD [JSON]", "call any method of a device",
+			"Prints the result.",
+			[]string{`ota call RPC.List`, `ota call Sys.Reboot '{"delay_ms":500}'`}, call},
+		{"selftest", "", "check storage and boot record of this machine",
+			"Runs the conformance suites of the library (packages flashtest and boottest) on spare storage of the device.",
+			[]string{"ota selftest -overwrite -flash /dev/mmcblk0p9", "ota selftest -record /data/ota/test0 -record /data/ota/test1 -record /data/ota/test2"}, selftest},
+		{"simulate", "", "run a device whose flash is files",
+			"It boots, serves RPC, installs, reboots, commits and rolls back like a real one. Its life goes on where it ended when it is started again with the same directory; killing it is a power cut.",
+			[]string{
+				"ota simulate -dir dev -listen 127.0.0.1:8080 -key release.pub.pem",
+				"ota simulate -dir dev -listen unix://$PWD/dev.sock -allow-unsigned -part rootfs=64M -unhealthy 1.3",
+			}, simulate},
+		{"serve", "DIR", "serve bundles over HTTP",
+			"A static server with ranges and ETags. Devices that tell their firmware (X-MGOS-FW-Version) are answered 304 if the bundle has the same platform, version and build id.",
+			[]string{"ota serve -listen :8080 releases/"}, serve},
+		{"completion", "bash|zsh|fish", "print completion for a shell",
+			"", []string{"source <(ota completion bash)", "ota completion fish >~/.config/fish/completions/ota.fish"}, completion},
+		{"man", "", "print the manual page", "", []string{"ota man >ota.1"}, man},
+		{"version", "", "print the version", "", []string{"ota version"},
+			func(*flag.FlagSet) func(context.Context, *env, []string) error {
+				return func(_ context.Context, e *env, args []string) error {
+					e.printf("ota %s\n", version())
+					return want(args, 0, 0)
+				}
+			}},
+		{"help", "[COMMAND]", "tell how to use a command", "", []string{"ota help create"}, help},
+	}
+}
+
+// want reports a wrong number of arguments.
+func want(args []string, lo, hi int) error {
+	switch {
+	case len(args) < lo:
+		return usagef("too few arguments")
+	case len(args) > hi:
+		return usagef("argument %s is too many", ota.Quote(args[hi]))
+	}
+	return nil
+}
+
+// flags returns the flags of c, sorted.
+func (c *command) flags() (flags []*flag.Flag) {
+	fs := flag.NewFlagSet(c.name, flag.ContinueOnError)
+	c.setup(fs)
+	fs.VisitAll(func(f *flag.Flag) { flags = append(flags, f) })
+	return flags
+}
+
+func (c *command) synopsis() string {
+	s := "ota " + c.name
+	if len(c.flags()) > 0 {
+		s += " [FLAG...]"
+	}
+	return strings.TrimSpace(s + " " + c.args)
+}
+
+func (e *env) usage(w io.Writer) {
+	fmt.Fprint(w, "Usage: ota COMMAND [FLAG...] [ARGUMENT...]\n\nUpdates of devices with two or more firmware slots.\n\n")
+	for _, c := range commands() {
+		fmt.Fprintf(w, "  %-11s %s\n", c.name, c.short)
+	}
+	fmt.Fprint(w, "\nota COMMAND -h tells about a command. Devices are named by -device or OTA_DEVICE:\n"+
+		"http://HOST, https://HOST, unix:///PATH.\n")
+}
+
+func (c *command) help(w io.Writer) {
+	fmt.Fprintf(w, "Usage: %s\n\n%s.\n", c.synopsis(), strings.ToUpper(c.short[:1])+c.short[1:])
+	for p := range strings.Lines(c.long) {
+		fmt.Fprintf(w, "\n%s\n", wrap(strings.TrimSpace(p), "", 80))
+	}
+	fmt.Fprint(w, "\nExamples:\n")
+	for _, x := range c.examples {
+		fmt.Fprintf(w, "  %s\n", x)
+	}
+	if flags := c.flags(); len(flags) > 0 {
+		fmt.Fprint(w, "\nFlags:\n")
+		for _, f := range flags {
+			arg, text := describe(f)
+			fmt.Fprintf(w, "  -%s\n%s\n", strings.TrimSpace(f.Name+" "+arg), wrap(text, "        ", 80))
+		}
+	}
+	fmt.Fprint(w, "\nExit codes:\n")
+	for _, x := range exitCodes {
+		if x.code < 10 || c.name == "verify" {
+			fmt.Fprintf(w, "  %2d  %s\n", x.code, strings.TrimPrefix(x.text, "verify: "))
+		}
+	}
+}
+
+// describe returns the argument of f and what f is for.
+func describe(f *flag.Flag) (arg, text string) {
+	arg, text = flag.UnquoteUsage(f)
+	if f.DefValue != "" && f.DefValue != "false" && f.DefValue != "0" && f.DefValue != "0s" {
+		text += " (default " + f.DefValue + ")"
+	}
+	return arg, text
+}
+
+func wrap(text, indent string, width int) string {
+	var b strings.Builder
+	n := 0
+	for _, w := range strings.Fields(text) {
+		if n > 0 && n+1+len(w) > width {
+			b.WriteByte('\n')
+			n = 0
+		}
+		if n == 0 {
+			b.WriteString(indent)
+			n = len(indent)
+		} else {
+			b.WriteByte(' ')
+			n++
+		}
+		b.WriteString(w)
+		n += len(w)
+	}
+	return b.String()
+}
+
+func help(*flag.FlagSet) func(context.Context, *env, []string) error {
+	return func(_ context.Context, e *env, args []string) error {
+		if err := want(args, 0, 1); err != nil {
+			return err
+		}
+		if len(args) == 0 {
+			e.usage(e.stdout)
+			return nil
+		}
+		for _, c := range commands() {
+			if c.name == args[0] {
+				c.help(e.stdout)
+				return nil
+			}
+		}
+		return usagef("no command %s", ota.Quote(args[0]))
+	}
+}
+
+// man prints a manual page for the macros of man(7).
+func man(*flag.FlagSet) func(context.Context, *env, []string) error {
+	return func(_ context.Context, e *env, args []string) error {
+		esc := func(s string) string {
+			s = strings.NewReplacer(`\`, `\e`, `-`, `\-`, "`", `\(ga`, `'`, `\(aq`).Replace(s)
+			if strings.HasPrefix(s, ".") {
+				s = `\&` + s
+			}
+			return s
+		}
+		w := bufio.NewWriter(e.stdout)
+		defer w.Flush()
+		fmt.Fprintf(w, ".TH OTA 1\n.SH NAME\nota \\- firmware bundles, and the devices that install them\n.SH SYNOPSIS\n")
+		for _, c := range commands() {
+			fmt.Fprintf(w, ".PP\n%s\n", esc(c.synopsis()))
+		}
+		fmt.Fprintf(w, ".SH COMMANDS\n")
+		for _, c := range commands() {
+			fmt.Fprintf(w, ".SS %s\n%s.\n", esc(c.synopsis()), esc(strings.ToUpper(c.short[:1])+c.short[1:]))
+			for p := range strings.Lines(c.long) {
+				fmt.Fprintf(w, ".PP\n%s\n", esc(strings.TrimSpace(p)))
+			}
+			for _, f := range c.flags() {
+				arg, text := describe(f)
+				fmt.Fprintf(w, ".TP\n%s\n%s\n", esc("-"+strings.TrimSpace(f.Name+" "+arg)), esc(text))
+			}
+			fmt.Fprint(w, ".PP\nExamples:\n.PP\n.nf\n")
+			for _, x := range c.examples {
+				fmt.Fprintf(w, "%s\n", esc(x))
+			}
+			fmt.Fprint(w, ".fi\n")
+		}
+		fmt.Fprint(w, ".SH EXIT STATUS\n")
+		for _, x := range exitCodes {
+			fmt.Fprintf(w, ".TP\n%d\n%s\n", x.code, esc(x.text))
+		}
+		fmt.Fprint(w, ".SH ENVIRONMENT\n")
+		for _, v := range variables {
+			fmt.Fprintf(w, ".TP\n%s\n%s\n", v[0], esc(v[1]))
+		}
+		return want(args, 0, 0)
+	}
+}
+
+var variables = [][2]string{
+	{"OTA_DEVICE", "URL of the device, in place of -device."},
+	{"OTA_TOKEN", "Bearer token for the device, in place of -token-file."},
+	{"SOURCE_DATE_EPOCH", "Time of the build for ota create, in seconds since 1970."},
+	{"NO_COLOR", "If not empty, there are no colours."},
+}
+
+func completion(*flag.FlagSet) func(context.Context, *env, []string) error {
+	return func(_ context.Context, e *env, args []string) error {
+		if err := want(args, 1, 1); err != nil {
+			return err
+		}
+		var names []string
+		for _, c := range commands() {
+			names = append(names, c.name)
+		}
+		flags := func(c command) (s []string) {
+			for _, f := range c.flags() {
+				s = append(s, "-"+f.Name)
+			}
+			return append(s, "-h")
+		}
+		switch args[0] {
+		case "bash":
+			e.printf("_ota() {\n\tlocal cur=${COMP_WORDS[COMP_CWORD]}\n\tCOMPREPLY=()\n"+
+				"\tif [ \"$COMP_CWORD\" -eq 1 ]; then\n\t\tCOMPREPLY=($(compgen -W '%s' -- \"$cur\"))\n\t\treturn\n\tfi\n"+
+				"\tcase \"$cur\" in -*) ;; *) return ;; esac\n\tlocal flags=\n\tcase \"${COMP_WORDS[1]}\" in\n", strings.Join(names, " "))
+			for _, c := range commands() {
+				e.printf("\t%s) flags='%s' ;;\n", c.name, strings.Join(flags(c), " "))
+			}
+			e.printf("\tesac\n\tCOMPREPLY=($(compgen -W \"$flags\" -- \"$cur\"))\n}\ncomplete -o default -F _ota ota\n")
+		case "zsh":
+			e.printf("#compdef ota\n_ota() {\n\tif (( CURRENT == 2 )); then\n\t\tlocal -a names=(\n")
+			for _, c := range commands() {
+				e.printf("\t\t\t%s\n", single(c.name+":"+c.short))
+			}
+			e.printf("\t\t)\n\t\t_describe command names\n\t\treturn\n\tfi\n\tcase $words[2] in\n")
+			for _, c := range commands() {
+				e.printf("\t%s) [[ $PREFIX == -* ]] && compadd -- %s && return ;;\n", c.name, strings.Join(flags(c), " "))
+			}
+			e.printf("\tesac\n\t_files\n}\ncompdef _ota ota\n")
+		case "fish":
+			for _, c := range commands() {
+				e.printf("complete -c ota -n __fish_use_subcommand -f -a %s -d %s\n", c.name, single(c.short))
+				for _, f := range c.flags() {
+					_, text := flag.UnquoteUsage(f)
+					e.printf("complete -c ota -n '__fish_seen_subcommand_from %s' -o %s -d %s\n", c.name, f.Name, single(text))
+				}
+			}
+		default:
+			return usagef("no shell %s: need bash, zsh or fish", ota.Quote(args[0]))
+		}
+		return nil
+	}
+}
+
+// single returns s in single quotes, in which only these are special.
+func single(s string) string {
+	return "'" + strings.NewReplacer(`\`, "/", "'", "").Replace(s) + "'"
+}
+
+// list is a flag that may be given several times.
+type list []string
+
+func (l *list) String() string     { return "" }
+func (l *list) Set(s string) error { *l = append(*l, s); return nil }

@@ -1,0 +1,254 @@
+// Ota makes, checks and delivers firmware bundles, and talks to the devices that
+// install them: those that are made with the library github.com/slotota/ota, and
+// genuine ones with Mongoose OS.
+//
+//	ota help
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/slotota/ota"
+	"github.com/slotota/ota/bundle"
+	"github.com/slotota/ota/rpcjson"
+)
+
+// Exit codes. Scripts rely on them; they are explained in exitCodes.
+const (
+	exitOK            = 0
+	exitFailed        = 1
+	exitUsage         = 2
+	exitNothing       = 3
+	exitVerify        = 4
+	exitBusy          = 5
+	exitUncommitted   = 6
+	exitUnreachable   = 7
+	exitDamaged       = 10
+	exitUnsigned      = 11
+	exitWrongKey      = 12
+	exitWrongPlatform = 13
+	exitTooOld        = 14
+)
+
+var exitCodes = []struct {
+	code int
+	text string
+}{
+	{exitOK, "it worked"},
+	{exitFailed, "it failed"},
+	{exitUsage, "wrong usage"},
+	{exitNothing, "nothing to do: already committed, already installed, no such update"},
+	{exitVerify, "the firmware did not pass verification"},
+	{exitBusy, "the device is busy with another update, or about to reboot"},
+	{exitUncommitted, "the firmware is not committed: still on trial, or rolled back"},
+	{exitUnreachable, "the device cannot be reached, or does not answer"},
+	{exitDamaged, "verify: damaged, or no bundle at all"},
+	{exitUnsigned, "verify: a required signature is missing"},
+	{exitWrongKey, "verify: a signature is by another key, or wrong"},
+	{exitWrongPlatform, "verify: for another platform or product"},
+	{exitTooOld, "verify: the security version is too low"},
+}
+
+// failure is an error with an exit code of its own, and perhaps a hint what to do.
+type failure struct {
+	code int
+	err  error
+	hint string
+}
+
+func (f *failure) Error() string { return f.err.Error() }
+func (f *failure) Unwrap() error { return f.err }
+
+func fail(code int, hint, format string, args ...any) error {
+	return &failure{code, fmt.Errorf(format, args...), hint}
+}
+
+func usagef(format string, args ...any) error { return fail(exitUsage, "", format, args...) }
+
+// env is what a command sees of the world.
+type env struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+	getenv         func(string) string
+	terminal       bool // stderr is one
+	colour         bool // stdout is a terminal that wants it
+}
+
+// printf prints a result.
+func (e *env) printf(format string, args ...any) { fmt.Fprintf(e.stdout, format, args...) }
+
+// notef prints a message.
+func (e *env) notef(format string, args ...any) {
+	fmt.Fprintf(e.stderr, "ota: "+format+"\n", args...)
+}
+
+// paint returns s in a colour (31 red, 32 green, 33 yellow), if colours are wanted.
+func (e *env) paint(colour int, s string) string {
+	if !e.colour {
+		return s
+	}
+	return fmt.Sprintf("\x1b[%dm%s\x1b[0m", colour, s)
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	e := &env{
+		stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, getenv: os.Getenv,
+		terminal: isTerminal(os.Stderr),
+		colour:   isTerminal(os.Stdout) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb",
+	}
+	code := e.run(ctx, os.Args[1:])
+	stop()
+	os.Exit(code)
+}
+
+func isTerminal(f *os.File) bool {
+	info, err := f.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0 && f.Name() != os.DevNull
+}
+
+// run runs a command and returns the exit code.
+func (e *env) run(ctx context.Context, args []string) int {
+	if len(args) == 0 {
+		e.usage(e.stderr)
+		return exitUsage
+	}
+	switch args[0] {
+	case "-h", "-help", "--help":
+		e.usage(e.stdout)
+		return exitOK
+	case "-version", "--version":
+		args[0] = "version"
+	}
+	i := slices.IndexFunc(commands(), func(c command) bool { return c.name == args[0] })
+	if i < 0 {
+		e.notef("no command %s", ota.Quote(args[0]))
+		e.notef("hint: ota help lists them")
+		return exitUsage
+	}
+	c := commands()[i]
+	fs := flag.NewFlagSet(c.name, flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	run := c.setup(fs)
+	rest, err := parse(fs, args[1:])
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		c.help(e.stdout)
+		return exitOK
+	case err != nil:
+		err = usagef("%w", err)
+	default:
+		err = run(ctx, e, rest)
+	}
+	return e.report(&c, err)
+}
+
+// parse parses flags wherever they stand; after -- there are none.
+func parse(fs *flag.FlagSet, args []string) (rest []string, err error) {
+	var tail []string
+	if i := slices.Index(args, "--"); i >= 0 {
+		args, tail = args[:i], args[i+1:]
+	}
+	for len(args) > 0 {
+		if err := fs.Parse(args); err != nil {
+			return nil, err
+		}
+		if args = fs.Args(); len(args) > 0 {
+			rest, args = append(rest, args[0]), args[1:]
+		}
+	}
+	return append(rest, tail...), nil
+}
+
+// report tells about err and returns the exit code.
+func (e *env) report(c *command, err error) int {
+	if err == nil {
+		return exitOK
+	}
+	code, hint := classify(err)
+	var f *failure
+	if errors.As(err, &f) {
+		code, hint = f.code, f.hint
+	}
+	text := err.Error()
+	if remote, ok := err.(*rpcjson.Error); ok {
+		text = fmt.Sprintf("the device answers error %d", remote.Code)
+		if remote.Message != "" {
+			text += ": " + plain(remote.Message)
+		}
+	}
+	if text != "" {
+		e.notef("%s: %s", c.name, text)
+	}
+	if code == exitUsage && hint == "" {
+		hint = "ota " + c.name + " -h tells how"
+	}
+	if hint != "" {
+		e.notef("hint: %s", hint)
+	}
+	return code
+}
+
+// classify returns the exit code and a hint for an error without its own.
+func classify(err error) (code int, hint string) {
+	var remote *rpcjson.Error
+	var bad *bundle.Error
+	switch {
+	case errors.Is(err, context.Canceled):
+		return exitFailed, ""
+	case errors.As(err, &remote):
+		return classifyRemote(remote)
+	case errors.Is(err, rpcjson.ErrNoReply):
+		return exitUnreachable, "is the device on, and is this its address?"
+	case errors.Is(err, ota.ErrBusy):
+		return exitBusy, "wait for it (ota status -follow), continue it (ota push -resume), or end it (ota call OTA.End)"
+	case errors.Is(err, ota.ErrRebootPending):
+		return exitBusy, "wait until it has rebooted: ota status"
+	case errors.Is(err, bundle.ErrPolicy):
+		return exitUsage, ""
+	case errors.As(err, &bad):
+		return exitVerify, ""
+	}
+	return exitFailed, ""
+}
+
+// classifyRemote knows the texts of devices of all kinds.
+func classifyRemote(e *rpcjson.Error) (code int, hint string) {
+	has := func(parts ...string) bool {
+		return slices.ContainsFunc(parts, func(p string) bool { return strings.Contains(strings.ToLower(e.Message), p) })
+	}
+	switch {
+	case e.Code == 401:
+		return exitFailed, "give a token: -token-file, or OTA_TOKEN"
+	case e.Code == 403:
+		return exitFailed, "the device does not allow this to you, or does not know itself by this host name"
+	case e.Code == 404:
+		return exitFailed, "ota call RPC.List lists what the device can"
+	case e.Code == 418 || has("reboot is pending"):
+		return exitBusy, "wait until it has rebooted: ota status"
+	case has("not committed", "timeout has expired", "not been committed", "uncommitted"):
+		return exitUncommitted, "decide about the firmware on trial first: ota commit, or ota revert"
+	case has("in progress", "under way", "failed to init updater"):
+		return exitBusy, "wait for it (ota status -follow), or end it (ota call OTA.End)"
+	case has("signature", "checksum", "digest", "crc", "not authenticated", "not signed", "security version"):
+		return exitVerify, ""
+	}
+	return exitFailed, ""
+}
+
+func version() string {
+	if b, ok := debug.ReadBuildInfo(); ok {
+		return b.Main.Version + " " + b.GoVersion
+	}
+	return "unknown"
+}

@@ -1,0 +1,178 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"math"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/slotota/ota"
+	"github.com/slotota/ota/bundle"
+	"github.com/slotota/ota/rpcjson"
+)
+
+// tool runs a command in this process.
+func tool(t *testing.T, terminal bool, args ...string) (code int, stdout, stderr string) {
+	var out, msg bytes.Buffer
+	e := &env{stdin: strings.NewReader(""), stdout: &out, stderr: &msg, getenv: func(string) string { return "" }, terminal: terminal, colour: terminal}
+	code = e.run(t.Context(), args)
+	return code, out.String(), msg.String()
+}
+
+// Every command explains itself, in lines that fit a terminal.
+func TestHelp(t *testing.T) {
+	_, all, _ := tool(t, false, "help")
+	_, man, _ := tool(t, false, "man")
+	for _, c := range commands() {
+		require.Contains(t, all, "\n  "+c.name+" ")
+		code, out, msg := tool(t, false, c.name, "-h")
+		require.Zero(t, code)
+		require.Empty(t, msg)
+		require.Contains(t, out, "Usage: "+c.synopsis()+"\n")
+		require.NotEmpty(t, c.examples, c.name)
+		for _, x := range c.examples {
+			require.Contains(t, out, x)
+		}
+		for line := range strings.Lines(out) {
+			if !strings.HasPrefix(line, "  ") || strings.HasPrefix(line, "        ") { // no example
+				require.LessOrEqual(t, len(line), 81, line)
+			}
+		}
+		for _, f := range c.flags() {
+			require.NotEmpty(t, f.Usage, "%s -%s", c.name, f.Name)
+			require.Contains(t, man, "\n\\-"+strings.ReplaceAll(f.Name, "-", "\\-"))
+		}
+	}
+}
+
+func TestParse(t *testing.T) {
+	fs := flag.NewFlagSet("x", flag.ContinueOnError)
+	a, b := fs.Bool("a", false, ""), fs.String("b", "", "")
+	rest, err := parse(fs, []string{"one", "-a", "two", "-b", "v", "--", "-a"})
+	require.NoError(t, err)
+	require.Equal(t, []string{"one", "two", "-a"}, rest)
+	require.True(t, *a)
+	require.Equal(t, "v", *b)
+}
+
+func TestParseSize(t *testing.T) {
+	for s, want := range map[string]int64{"0": 0, "512": 512, "0x4000": 16384, "16K": 16384, "64m": 64 << 20, "2G": 2 << 30, "7G": 7 << 30, "9223372036854775807": math.MaxInt64} {
+		n, err := parseSize(s)
+		require.NoError(t, err, s)
+		require.Equal(t, want, n, s)
+	}
+	for _, s := range []string{"", "K", "-1", "1.5M", "9223372036854775807K", "x", "0xK"} {
+		_, err := parseSize(s)
+		require.Error(t, err, s)
+	}
+}
+
+func TestJSONValue(t *testing.T) {
+	for s, want := range map[string]string{"true": "true", "false": "false", "12": "12", "0x10": "16", "-5": "-5", "v": `"v"`, `"12"`: `"12"`, `a"b`: `"a\"b"`, "": `""`, "1.5": `"1.5"`} {
+		require.JSONEq(t, want, string(jsonValue(s)), s)
+	}
+}
+
+func TestIndexed(t *testing.T) {
+	got, err := indexed(list{"a", "2=c", "b", "x=y"}, func(i int) bool { return i == 1 })
+	require.NoError(t, err)
+	require.Equal(t, [bundle.MaxKeys]string{"a", "", "c", "b", "x=y"}, got)
+	for _, l := range []list{{"8=a"}, {"1=a", "1=b"}, {"1", "2", "3", "4", "5", "6", "7", "8", "9"}} {
+		_, err := indexed(l, nil)
+		var f *failure
+		require.ErrorAs(t, err, &f, "%v", l)
+		require.Equal(t, exitUsage, f.code)
+	}
+}
+
+// Exit codes for what devices of all generations answer.
+func TestClassify(t *testing.T) {
+	remote := func(code int, text string) error { return &rpcjson.Error{Code: code, Message: text} }
+	for _, c := range []struct {
+		err  error
+		want int
+	}{
+		{errors.New("x"), exitFailed},
+		{context.Canceled, exitFailed},
+		{fmt.Errorf("x: %w", rpcjson.ErrNoReply), exitUnreachable},
+		{fmt.Errorf("x: %w", ota.ErrBusy), exitBusy},
+		{fmt.Errorf("x: %w", ota.ErrRebootPending), exitBusy},
+		{&bundle.Error{Off: -1, Err: bundle.ErrCRC}, exitVerify},
+		{&bundle.Error{Off: -1, Err: bundle.ErrPolicy}, exitUsage},
+		{remote(401, ""), exitFailed},
+		{remote(418, "shutting down in 50 ms"), exitBusy},
+		{remote(-1, "Update is already in progress"), exitBusy},
+		{remote(-1, "Failed to init updater"), exitBusy},
+		{remote(-1, "Previous update has not been committed yet"), exitUncommitted},
+		{remote(-1, "Cannot create snapshots in uncommitted state"), exitUncommitted},
+		{remote(-1, "Update failed to start: the firmware is not committed yet"), exitUncommitted},
+		{remote(-18, "-18 Signature verification failed"), exitVerify},
+		{remote(-12, "-12 Invalid checksum"), exitVerify},
+		{remote(-11, "-11 Invalid CRC"), exitVerify},
+		{remote(-1, "Invalid HTTP response code: 404"), exitFailed},
+	} {
+		code, _ := classify(c.err)
+		require.Equal(t, c.want, code, "%v", c.err)
+	}
+}
+
+// On a terminal there are colours and a bar, elsewhere neither.
+func TestTerminal(t *testing.T) {
+	dir := t.TempDir()
+	app, zip := filepath.Join(dir, "app.bin"), filepath.Join(dir, "fw.zip")
+	require.NoError(t, os.WriteFile(app, make([]byte, 1000), 0o600))
+	for _, terminal := range []bool{true, false} {
+		code, _, msg := tool(t, terminal, "create", "-o", zip, "-platform", "p", "-version", "1", "-part", "app="+app)
+		require.Zero(t, code)
+		require.Equal(t, terminal, strings.Contains(msg, "\rcreate     ["+strings.Repeat("#", 40)+"] 100 %\n"), msg)
+		code, out, _ := tool(t, terminal, "verify", "-allow-unsigned", zip)
+		require.Zero(t, code)
+		require.Equal(t, terminal, strings.Contains(out, "\x1b[32mok\x1b[0m"), out)
+	}
+}
+
+// Outside strings cannot write to the terminal as they like.
+func TestHostileNames(t *testing.T) {
+	dir := t.TempDir()
+	app, zip := filepath.Join(dir, "app.bin"), filepath.Join(dir, "fw.zip")
+	require.NoError(t, os.WriteFile(app, []byte("x"), 0o600))
+	code, _, _ := tool(t, false, "create", "-o", zip, "-name", "a\x1b[2Jb", "-platform", "p\nq", "-version", "1\x1b", "-part", "app="+app+",type=\x1bt")
+	require.Zero(t, code)
+	for _, args := range [][]string{{"inspect", zip}, {"verify", "-allow-unsigned", "-platform", "z", zip}, {"verify", "-allow-unsigned", "-name", "z", zip}} {
+		_, out, msg := tool(t, false, args...)
+		require.NotContains(t, out+msg, "\x1b", args)
+	}
+}
+
+// Under TLS, devices get small records: full ones need 16 KiB of their memory.
+func TestSmallPieces(t *testing.T) {
+	var sizes []int
+	rec := httptest.NewRecorder()
+	s := &statusWriter{ResponseWriter: &sizeWriter{rec, &sizes}, small: true}
+	n, err := s.Write(make([]byte, 2500))
+	require.NoError(t, err)
+	require.Equal(t, 2500, n)
+	require.Equal(t, http.StatusOK, s.code)
+	require.Equal(t, []int{1024, 1024, 452}, sizes)
+	require.True(t, rec.Flushed)
+}
+
+type sizeWriter struct {
+	*httptest.ResponseRecorder
+	sizes *[]int
+}
+
+func (w *sizeWriter) Write(p []byte) (int, error) {
+	*w.sizes = append(*w.sizes, len(p))
+	return w.ResponseRecorder.Write(p)
+}

@@ -1,0 +1,288 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"flag"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/slotota/ota"
+	"github.com/slotota/ota/boot/bootrecord"
+	"github.com/slotota/ota/bundle"
+	"github.com/slotota/ota/fetch"
+	"github.com/slotota/ota/flash/fileflash"
+	"github.com/slotota/ota/rpcjson"
+)
+
+// simulation is a device whose flash is files: the slots, and three copies of the
+// boot record.
+type simulation struct {
+	dir, listen, platform, product, unhealthy, tokenFile string
+	parts                                                list
+	slotCount                                            int
+	pf                                                   policyFlags
+	verbose                                              bool
+
+	e      *env
+	policy *bundle.Policy
+	auth   rpcjson.Authorizer // nil if everybody may do everything
+	slots  []ota.Slot
+	files  []*fileflash.File
+	log    *slog.Logger
+}
+
+func simulate(fs *flag.FlagSet) func(context.Context, *env, []string) error {
+	var s simulation
+	fs.StringVar(&s.dir, "dir", "", "`directory` with the device's flash; it is made if there is none")
+	fs.StringVar(&s.listen, "listen", "127.0.0.1:8080", "`address` to serve RPC at: HOST:PORT or unix:///PATH")
+	fs.StringVar(&s.platform, "platform", "sim", "`hardware` that bundles must be for")
+	fs.StringVar(&s.product, "product", "", "`name` that bundles must have, if not empty")
+	fs.Var(&s.parts, "part", "a part of each slot: `NAME=SIZE`; else app=8M and fs=2M. Their sizes must stay as they are")
+	fs.IntVar(&s.slotCount, "slots", 2, "how many slots there are: `N`")
+	fs.StringVar(&s.unhealthy, "unhealthy", "", "`version` whose health check fails, so that it is rolled back")
+	fs.StringVar(&s.tokenFile, "token-file", "", "`file` with the bearer token that clients must send; needed off loopback")
+	fs.BoolVar(&s.verbose, "v", false, "log what the library logs")
+	s.pf.define(fs)
+	return func(ctx context.Context, e *env, args []string) error {
+		if err := want(args, 0, 0); err != nil {
+			return err
+		}
+		s.e = e
+		defer func() {
+			for _, f := range s.files {
+				f.Close()
+			}
+		}()
+		if err := s.prepare(); err != nil {
+			return err
+		}
+		for {
+			switch err := s.boot(ctx); {
+			case ctx.Err() != nil:
+				return nil // switched off
+			case err != nil:
+				return err
+			}
+		}
+	}
+}
+
+// prepare opens the files.
+func (s *simulation) prepare() (err error) {
+	if s.dir == "" {
+		return usagef("need -dir DIRECTORY")
+	}
+	if s.policy, err = s.pf.policy(); err != nil {
+		return err
+	}
+	s.log = slog.New(slog.DiscardHandler)
+	if s.verbose {
+		s.log = slog.New(slog.NewTextHandler(s.e.stderr, nil))
+	}
+	if s.tokenFile != "" {
+		b, err := os.ReadFile(s.tokenFile)
+		if err != nil {
+			return err
+		}
+		token := strings.TrimSpace(string(b))
+		if len(token) < 16 {
+			return usagef("%s: a token needs 16 characters", s.tokenFile)
+		}
+		s.auth = bearer(sha256.Sum256([]byte(token)))
+	} else if _, err := s.loopback(); err != nil {
+		return err
+	}
+	if len(s.parts) == 0 {
+		s.parts = list{"app=8M", "fs=2M"}
+	}
+	if err := os.MkdirAll(s.dir, 0o777); err != nil {
+		return err
+	}
+	for i := range s.slotCount {
+		var slot ota.Slot
+		for _, p := range s.parts {
+			name, size, _ := strings.Cut(p, "=")
+			n, err := parseSize(size)
+			if err != nil || name == "" || name != filepath.Base(name) {
+				return usagef("-part %s: need NAME=SIZE", ota.Quote(p))
+			}
+			f, err := fileflash.Open(filepath.Join(s.dir, fmt.Sprintf("slot%d.%s", i, name)), &fileflash.Options{Create: true, Size: n})
+			if err != nil {
+				return err
+			}
+			s.files = append(s.files, f)
+			slot.Parts = append(slot.Parts, ota.Part{Name: name, Flash: f})
+		}
+		s.slots = append(s.slots, slot)
+	}
+	return nil
+}
+
+// loopback reports whether only this machine can call; else it is an error.
+func (s *simulation) loopback() (bool, error) {
+	if strings.HasPrefix(s.listen, "unix://") {
+		return true, nil
+	}
+	host, _, err := net.SplitHostPort(s.listen)
+	if err != nil {
+		return false, usagef("-listen %s: need HOST:PORT or unix:///PATH", ota.Quote(s.listen))
+	}
+	if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+		return false, fail(exitUsage, "127.0.0.1 needs none", "-listen %s: everybody can reach that, so it needs a -token-file", ota.Quote(s.listen))
+	}
+	return true, nil
+}
+
+func (s *simulation) listener() (net.Listener, error) {
+	path, ok := strings.CutPrefix(s.listen, "unix://")
+	if !ok {
+		return net.Listen("tcp", s.listen)
+	}
+	// What a killed simulation has left behind.
+	if info, err := os.Lstat(path); err == nil && info.Mode()&fs.ModeSocket != 0 {
+		if c, err := net.Dial("unix", path); err == nil {
+			c.Close()
+			return nil, fail(exitBusy, "", "%s: another device listens there", path)
+		}
+		os.Remove(path)
+	}
+	return net.Listen("unix", path)
+}
+
+// boot boots the device, and runs it until it is reset or ctx ends.
+func (s *simulation) boot(ctx context.Context) error {
+	started := time.Now()
+	var running ota.SlotID
+	var paths []string
+	for i := range 3 {
+		paths = append(paths, filepath.Join(s.dir, fmt.Sprintf("boot%d", i)))
+	}
+	record, err := bootrecord.Files(paths, &bootrecord.Options{
+		Running: func(context.Context) (ota.SlotID, error) { return running, nil },
+	})
+	if err != nil {
+		return err
+	}
+	h, err := ota.Boot(ctx, record, s.slots, nil)
+	if err != nil {
+		return err
+	}
+	running = h.Slot
+	fw := h.State.Slot(running)
+	version := fw.Version
+	if version == "" {
+		version = "factory"
+	}
+	kind := "committed"
+	if !h.State.Committed {
+		kind = "on trial"
+	}
+	s.e.notef("boot: slot %v, version %s, %s", running, plain(version), kind)
+
+	reset := make(chan struct{}, 1)
+	dev, err := ota.Open(ctx, record, s.slots, &ota.Options{
+		Platform: s.platform,
+		Product:  s.product,
+		Logger:   s.log,
+		Checks: []ota.Check{{Name: "health", Run: func(context.Context) error {
+			if version == s.unhealthy {
+				return fmt.Errorf("version %s is said to be unhealthy", ota.Quote(version))
+			}
+			return nil
+		}}},
+		BootClock: func() (time.Duration, error) { return time.Since(started), nil },
+		// It returns before the device is gone: its caller is part of what ends.
+		Reset: func(context.Context) error {
+			select {
+			case reset <- struct{}{}:
+			default:
+			}
+			return nil
+		},
+		OnEvent: s.event,
+	})
+	if err != nil {
+		return err
+	}
+	srv, err := rpcjson.New(dev, rpcjson.Options{
+		ID:         "sim_" + filepath.Base(s.dir),
+		Info:       rpcjson.Info{App: s.product, Version: version, BuildID: fw.BuildID, Platform: s.platform},
+		Open:       s.policy.Image,
+		NoAuth:     s.auth == nil,
+		Authorizer: s.auth,
+		// It is a simulation, so its servers are nearby.
+		Fetch:  &fetch.Policy{AllowHTTP: true, AllowLoopback: true, AllowPrivate: true},
+		Logger: s.log,
+	})
+	if err != nil {
+		return err
+	}
+	l, err := s.listener()
+	if err != nil {
+		srv.Close()
+		return err
+	}
+	if l.Addr().Network() == "tcp" {
+		s.listen = l.Addr().String() // the same after a reset
+		s.e.printf("http://%s\n", s.listen)
+	} else {
+		s.e.printf("%s\n", s.listen)
+	}
+	web := &http.Server{Handler: srv, ReadHeaderTimeout: 10 * time.Second}
+	watching, cancel := context.WithCancel(ctx)
+	served := make(chan error, 1)
+	var wg sync.WaitGroup
+	wg.Go(func() { served <- web.Serve(l) })
+	wg.Go(func() {
+		if err := dev.Watch(watching); err != nil && watching.Err() == nil {
+			s.e.notef("trial: %v", err)
+		}
+	})
+	select {
+	case <-reset:
+		s.e.notef("reset")
+	case err = <-served:
+	case <-ctx.Done():
+	}
+	cancel()
+	srv.Close()
+	web.Close()
+	wg.Wait()
+	return err
+}
+
+// event tells about what the device does.
+func (s *simulation) event(e ota.Event) {
+	switch {
+	case e.Phase == ota.PhaseFailed:
+		s.e.notef("%s failed: %v", e.Op, e.Err)
+	case e.Phase == ota.PhaseDone:
+		s.e.notef("%s done", e.Op)
+	}
+}
+
+// bearer lets those do everything whose token has this SHA-256.
+type bearer [sha256.Size]byte
+
+func (b bearer) Authorize(_ context.Context, peer *rpcjson.Peer, _ string, _ rpcjson.Right) error {
+	if peer.Request != nil {
+		if token, ok := strings.CutPrefix(peer.Request.Header.Get("Authorization"), "Bearer "); ok {
+			// Hashes, so that the time of the comparison tells nothing.
+			sum := sha256.Sum256([]byte(token))
+			if subtle.ConstantTimeCompare(sum[:], b[:]) == 1 {
+				return nil
+			}
+		}
+	}
+	return fmt.Errorf("no valid bearer token: %w", rpcjson.ErrUnauthenticated)
+}
