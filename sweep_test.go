@@ -2,27 +2,37 @@ package ota_test
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"flag"
 	"fmt"
 	"runtime/debug"
-	"sync/atomic"
+	"slices"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/boot/bootrecord"
+	"github.com/slotota/ota/crashtest"
 	"github.com/slotota/ota/flash/memflash"
 	"github.com/slotota/ota/internal/sim"
 	"github.com/stretchr/testify/require"
 )
 
-var sweepSeeds = flag.Int("sweep.seeds", 1, "seeds per fault point of the sweeps")
+var (
+	crashLong   = flag.Bool("crash.long", false, "sweep all geometries, scenarios, pairs and triples")
+	crashSeeds  = flag.Int("crash.seeds", 1, "variants of each power cut; with -crash.long 24")
+	crashReplay = flag.String("crash.replay", "", "repeat the run that a sweep has named")
+)
 
 // world is a simulated device with what was promised about it so far.
 type world struct {
 	d   *sim.Device
 	dev *ota.Device
 	o   ota.Options
+
+	trials uint64 // started so far
 
 	promised int // image that a committed boot must start
 	maybe    int // image that it may start instead, while an answer is missing
@@ -42,7 +52,7 @@ func newWorld(g sim.Geometry) (*world, error) {
 	return w, w.boot()
 }
 
-// clone returns a copy of w on a chip of its own, just booted.
+// clone returns a copy of w on a chip of its own, to be booted.
 func (w *world) clone() (*world, error) {
 	c := *w
 	var err error
@@ -69,22 +79,38 @@ func (w *world) guard() {
 				w.wrote = fmt.Errorf("%v in slot %d during a trial (%v)", op.Kind, slot, err)
 			} else if s.Active == slot || s.Revert == slot {
 				w.wrote = fmt.Errorf("%v in slot %d, which the boot state points to", op.Kind, slot)
+			} else if len(s.Slot(slot).Parts) > 0 {
+				w.wrote = fmt.Errorf("%v in slot %d, which the boot state calls verified", op.Kind, slot)
 			}
 		}
 	})
 }
 
-// boot restarts the device and checks what it starts.
+// boot restarts the device.
 func (w *world) boot() error {
 	w.dev = nil
 	w.guard()
-	o := w.o
-	o.Platform, o.Product, o.BufferSize = "sim", "demo", 1<<10
-	dev, h, err := w.d.Boot(context.Background(), &o)
+	if err := w.d.Restart(); err != nil {
+		return err
+	}
+	ctx := context.Background()
+	b := &counted{Record: w.d.Record, n: &w.trials, ids: map[ota.TrialID]ota.TrialID{}}
+	h, err := ota.Boot(ctx, b, w.d.Slots, &ota.BootOptions{BufferSize: 1 << 10})
 	if err != nil {
 		return err
 	}
-	w.dev = dev
+	if err := w.started(h); err != nil {
+		return err
+	}
+	w.d.Running = h.Slot
+	o := w.o
+	o.Platform, o.Product, o.BufferSize = "sim", "demo", 1<<10
+	w.dev, err = ota.Open(ctx, b, w.d.Slots, &o)
+	return err
+}
+
+// started checks what the boot stage has handed over to.
+func (w *world) started(h ota.Handover) error {
 	v := w.d.Identify(h.Slot)
 	s := h.State
 	switch {
@@ -98,6 +124,11 @@ func (w *world) boot() error {
 		return violation("I4: image %d is started, %d was promised", v, w.promised)
 	case s.Committed:
 		w.promised, w.maybe, w.trial = v, 0, 0
+	case h.Slot == s.Revert:
+		// The boot could not be counted, so it does not go to the trial.
+		if v != w.promised {
+			return violation("I4: image %d is started instead of the trial, %d was promised", v, w.promised)
+		}
 	case v != w.trial:
 		return violation("I10: image %d is started on trial, not %d", v, w.trial)
 	case w.dead:
@@ -111,17 +142,71 @@ func (w *world) boot() error {
 	return nil
 }
 
-type violationError struct{ error }
+// counted is a boot record in which trials are numbered, not drawn at random, so
+// that equal runs write equal bytes.
+type counted struct {
+	*bootrecord.Record
+	n   *uint64
+	mu  sync.Mutex
+	ids map[ota.TrialID]ota.TrialID // as stored, and back
+}
+
+func (c *counted) Store(ctx context.Context, s ota.BootState) error {
+	c.mu.Lock()
+	if _, ok := c.ids[s.Trial]; !ok && s.Trial != (ota.TrialID{}) {
+		*c.n++
+		var id ota.TrialID
+		binary.LittleEndian.PutUint64(id[:], *c.n)
+		c.ids[s.Trial], c.ids[id] = id, s.Trial
+	}
+	c.mu.Unlock()
+	return c.Record.Store(ctx, c.translate(s))
+}
+
+func (c *counted) Load(ctx context.Context) (ota.BootState, error) {
+	s, err := c.Record.Load(ctx)
+	return c.translate(s), err
+}
+
+func (c *counted) Heal(ctx context.Context) (ota.BootState, error) {
+	s, err := c.Record.Heal(ctx)
+	return c.translate(s), err
+}
+
+// translate replaces the ids in s that were drawn since the last boot by the
+// numbers stored for them, and the other way round.
+func (c *counted) translate(s ota.BootState) ota.BootState {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, id := range []*ota.TrialID{&s.Trial, &s.Last.Trial} {
+		if _, ok := c.ids[*id]; !ok {
+			c.ids[*id] = *id
+		}
+		*id = c.ids[*id]
+	}
+	return s
+}
 
 func violation(format string, args ...any) error {
-	return violationError{fmt.Errorf(format, args...)}
+	return fmt.Errorf("%w: %w", crashtest.ErrViolation, fmt.Errorf(format, args...))
 }
 
 func (w *world) startTrial(v int) { w.trial, w.boots, w.dead = v, 0, false }
 
 func (w *world) update(v int, timeout time.Duration) error {
 	w.startTrial(v)
-	_, err := w.dev.Update(context.Background(), &sim.Image{V: v}, &ota.UpdateOptions{CommitTimeout: timeout})
+	before, berr := w.dev.BootState(context.Background())
+	res, err := w.dev.Update(context.Background(), &sim.Image{V: v}, &ota.UpdateOptions{CommitTimeout: timeout})
+	if err == nil {
+		if w.d.Identify(res.Slot) != v {
+			return violation("I13: after the update slot %d is not complete", res.Slot)
+		}
+		return nil
+	}
+	after, aerr := w.dev.BootState(context.Background())
+	if berr == nil && aerr == nil && (after.Active != before.Active || after.Committed != before.Committed) {
+		return violation("I12: the update failed (%w) and changed %+v to %+v", err, before, after)
+	}
 	return err
 }
 
@@ -159,7 +244,10 @@ func (w *world) snapshot(setAsRevert bool) error {
 	if setAsRevert {
 		w.startTrial(w.promised)
 	}
-	_, err := w.dev.CreateSnapshot(context.Background(), &ota.SnapshotOptions{SetAsRevert: setAsRevert})
+	id, err := w.dev.CreateSnapshot(context.Background(), &ota.SnapshotOptions{SetAsRevert: setAsRevert})
+	if err == nil && w.d.Identify(id) != w.promised {
+		return violation("I11: the snapshot in slot %d is not complete", id)
+	}
 	return err
 }
 
@@ -172,8 +260,6 @@ func (w *world) setActive(v int) error {
 // settle reboots until the device runs a committed image, which must take two
 // boots at most, and if update is set makes sure that it can still be updated.
 func (w *world) settle(update bool) error {
-	w.d.Chip.Plan()
-	w.d.Chip.PowerOn()
 	for n := 1; ; n++ {
 		if err := w.boot(); err != nil {
 			return err
@@ -186,20 +272,20 @@ func (w *world) settle(update bool) error {
 			break
 		}
 		if n == 2 {
-			return violation("I16: not committed after two boots: %+v", s)
+			return fmt.Errorf("I16: not committed after two boots: %+v", s)
 		}
 	}
 	if !update {
 		return w.misuse()
 	}
 	if err := w.update(7, 0); err != nil {
-		return violation("I16: no update afterwards: %w", err)
+		return fmt.Errorf("I16: no update afterwards: %w", err)
 	}
 	if err := w.boot(); err != nil {
 		return err
 	}
 	if err := w.commit(); err != nil {
-		return violation("I16: no commit afterwards: %w", err)
+		return fmt.Errorf("I16: no commit afterwards: %w", err)
 	}
 	if err := w.boot(); err != nil {
 		return err
@@ -215,9 +301,6 @@ func (w *world) misuse() error {
 	if w.wrote != nil {
 		return violation("I2: %w", w.wrote)
 	}
-	if err := w.d.Chip.Err(); err != nil {
-		return violation("misuse of flash: %w", err)
-	}
 	return nil
 }
 
@@ -227,6 +310,9 @@ type scenario struct {
 	o    ota.Options
 	prep func(*world) error
 	run  func(*world) error
+
+	update bool // every run ends with an update
+	record bool // none does
 }
 
 // steps runs functions one after the other until one fails.
@@ -249,6 +335,26 @@ func besideV3(w *world) error {
 	return steps(func() error { return runsV2(w) }, func() error { return w.update(3, 0) }, w.boot, w.revert, w.boot)
 }
 
+// halfV3 leaves the first half of version 3 beside it.
+func halfV3(w *world) error {
+	if err := runsV2(w); err != nil {
+		return err
+	}
+	ops := w.d.Chip.Ops()
+	whole, err := w.clone()
+	if err != nil {
+		return err
+	}
+	if err := steps(whole.boot, func() error { return whole.update(3, 0) }); err != nil {
+		return err
+	}
+	w.d.Chip.Plan(memflash.Fault{Kind: memflash.CutPrefix, At: ops + whole.d.Chip.Ops()/2, Seed: 1})
+	if err := w.update(3, 0); !errors.Is(err, memflash.ErrPowerOff) {
+		return fmt.Errorf("not cut: %w", err)
+	}
+	return w.boot()
+}
+
 func scenarios() []scenario {
 	late := ota.Options{BootClock: func() (time.Duration, error) { return time.Hour, nil },
 		Reset: func(context.Context) error { return nil }}
@@ -262,6 +368,7 @@ func scenarios() []scenario {
 			return steps(func() error { return w.update(3, time.Minute) }, w.boot, w.expire, w.boot)
 		}},
 		{name: "update again", prep: besideV3, run: func(w *world) error { return steps(update(w), w.boot, w.commit) }},
+		{name: "resume", prep: halfV3, run: func(w *world) error { return steps(update(w), w.boot, w.commit) }},
 		{name: "snapshot", prep: runsV2, run: func(w *world) error { return w.snapshot(false) }},
 		{name: "set_as_revert", prep: runsV2, run: func(w *world) error {
 			return steps(func() error { return w.snapshot(true) }, w.boot, w.commit)
@@ -272,91 +379,174 @@ func scenarios() []scenario {
 	}
 }
 
-// sweep runs sc once for each operation and fault and returns the number of runs.
-func sweep(g sim.Geometry, sc scenario, faults func(seed uint64) []memflash.Fault, seeds int) (int, error) {
-	base, err := newWorld(g)
-	if err != nil {
-		return 0, err
+// recordScenarios write the boot state only, but for an update before them.
+func recordScenarios() []scenario {
+	trial := func(w *world) error {
+		return steps(func() error { return runsV2(w) }, func() error { return w.update(3, 0) })
 	}
-	base.o = sc.o
-	if sc.prep != nil {
-		if err := sc.prep(base); err != nil {
-			return 0, fmt.Errorf("preparing: %w", err)
-		}
+	return []scenario{
+		{name: "boot", prep: trial, record: true, run: func(w *world) error { return nil }},
+		{name: "commit", prep: trial, record: true, run: (*world).commit},
+		{name: "revert", prep: trial, record: true, run: func(w *world) error { return steps(w.revert, w.boot) }},
+		{name: "select", prep: besideV3, record: true, run: func(w *world) error { return w.setActive(3) }},
 	}
-	clean, err := base.clone()
-	if err != nil {
-		return 0, err
-	}
-	if err := steps(clean.boot, func() error { return sc.run(clean) }); err != nil {
-		return 0, fmt.Errorf("without a fault: %w", err)
-	}
-	ops := clean.d.Chip.Ops()
-	if err := clean.settle(true); err != nil {
-		return 0, fmt.Errorf("without a fault: %w", err)
-	}
-	n := 0
-	for at := range ops {
-		for seed := range seeds {
-			for k, f := range faults(sim.Seed(at, seed)) {
-				w, err := base.clone()
-				if err != nil {
-					return n, err
-				}
-				f.At = at
-				w.d.Chip.Plan(f)
-				err = steps(w.boot, func() error { return sc.run(w) })
-				var bad violationError
-				if !errors.As(err, &bad) {
-					err = w.settle(n%3 == 0)
-				}
-				if err != nil {
-					return n, fmt.Errorf("op %d of %d, fault %d, seed %d: %w", at, ops, k, seed, err)
-				}
-				n++
-			}
-		}
-	}
-	return n, nil
 }
 
-// sweepAll runs every scenario on the given geometries in parallel.
-func sweepAll(t *testing.T, gs []sim.Geometry, faults func(seed uint64) []memflash.Fault) {
-	defer debug.SetGCPercent(debug.SetGCPercent(800)) // many small short-lived devices
-	var total atomic.Int64
-	t.Run("all", func(t *testing.T) {
-		for _, g := range gs {
-			for _, sc := range scenarios() {
-				t.Run(g.Name+"/"+sc.name, func(t *testing.T) {
-					t.Parallel()
-					n, err := sweep(g, sc, faults, *sweepSeeds)
-					require.NoError(t, err)
-					require.Positive(t, n)
-					total.Add(int64(n))
-				})
-			}
+// crashScenario has sc interrupted on a device of geometry g.
+func crashScenario(g sim.Geometry, sc scenario) crashtest.Scenario {
+	base := sync.OnceValues(func() (*world, error) {
+		w, err := newWorld(g)
+		if err != nil {
+			return nil, err
 		}
+		w.o = sc.o
+		if sc.prep != nil {
+			err = sc.prep(w)
+		}
+		return w, err
 	})
-	t.Logf("%d runs with a fault", total.Load())
+	return crashtest.Scenario{Name: g.Name + "/" + sc.name, New: func(context.Context) (*crashtest.Device, error) {
+		b, err := base()
+		if err != nil {
+			return nil, err
+		}
+		w, err := b.clone()
+		if err != nil {
+			return nil, err
+		}
+		return &crashtest.Device{
+			Chip: w.d.Chip,
+			Run:  func(context.Context) error { return steps(w.boot, func() error { return sc.run(w) }) },
+			Check: func(context.Context) error {
+				// An update after each run would take most of the time.
+				all := sc.update || *crashLong || *crashReplay != ""
+				return w.settle(!sc.record && (all || w.d.Chip.Ops()%3 == 0))
+			},
+		}, nil
+	}}
+}
+
+// crash explores scenarios on geometries.
+func crash(t *testing.T, gs []sim.Geometry, scs []scenario, seeds int, faults ...crashtest.Modes) {
+	t.Helper()
+	defer debug.SetGCPercent(debug.SetGCPercent(800)) // many small short-lived devices
+	var all []crashtest.Scenario
+	for _, g := range gs {
+		for _, sc := range scs {
+			all = append(all, crashScenario(g, sc))
+		}
+	}
+	crashtest.Run(t, all, &crashtest.Options{Faults: faults, Seeds: seeds, Replay: *crashReplay})
+}
+
+// first returns the first n of s, as many as there is time for; one in short
+// runs, all in long ones.
+func first[T any](s []T, n int) []T {
+	switch {
+	case *crashLong || *crashReplay != "":
+		return s
+	case testing.Short():
+		return s[:1]
+	}
+	return s[:n]
 }
 
 // A power cut at every operation, in every way, leaves a device that boots what
 // was promised and can be updated.
 func TestPowerCutSweep(t *testing.T) {
-	gs := sim.Geometries()
-	if testing.Short() {
-		gs = gs[:1]
+	seeds := *crashSeeds
+	if *crashLong && seeds == 1 {
+		seeds = 24
 	}
-	sweepAll(t, gs, memflash.TearModes)
+	// What a cache loses makes a difference only where there is one.
+	cuts := func(seed uint64) []memflash.Fault {
+		return slices.DeleteFunc(memflash.TearModes(seed), func(f memflash.Fault) bool { return f.Loss != memflash.LoseNone })
+	}
+	var cached, direct []sim.Geometry
+	for _, g := range sim.Geometries() {
+		if g.Record.Unsynced {
+			cached = append(cached, g)
+		} else {
+			direct = append(direct, g)
+		}
+	}
+	cached, direct = first(cached, len(cached)), first(direct, len(direct))
+	t.Run("direct", func(t *testing.T) { crash(t, direct, scenarios(), seeds, cuts) })
+	t.Run("cached", func(t *testing.T) { crash(t, cached, scenarios(), seeds, memflash.TearModes) })
 }
 
-// So does an operation that fails, or that does nothing and says nothing.
+// So does an operation that fails, once or from then on, or that does nothing
+// and says nothing.
 func TestFaultSweep(t *testing.T) {
-	sweepAll(t, sim.Geometries()[:3], func(seed uint64) []memflash.Fault {
+	crash(t, first(sim.Geometries(), 3), scenarios(), 1, func(seed uint64) []memflash.Fault {
 		return []memflash.Fault{
 			{Kind: memflash.Fail, Seed: seed},
+			{Kind: memflash.Fail, Seed: seed, Forever: true},
 			{Kind: memflash.Fail, N: 5, Seed: seed, Loss: memflash.LoseSome},
 			{Kind: memflash.Skip, Seed: seed},
 		}
 	})
+}
+
+// So does a read that fails, once or from then on.
+func TestReadFaultSweep(t *testing.T) {
+	crash(t, first(sim.Geometries(), 1), scenarios(), 1, func(seed uint64) []memflash.Fault {
+		return []memflash.Fault{
+			{Kind: memflash.Fail, On: memflash.OpRead, Seed: seed},
+			{Kind: memflash.Fail, On: memflash.OpRead, Seed: seed, Forever: true},
+		}
+	})
+}
+
+// tears are the ways to cut an operation that differ most.
+func tears(seed uint64) []memflash.Fault {
+	return first([]memflash.Fault{
+		{Kind: memflash.CutBits, Seed: seed},
+		{Kind: memflash.CutPrefix, Seed: seed},
+		{Kind: memflash.CutAfter, Seed: seed},
+	}, 1)
+}
+
+// A second power cut, at any place after the first, changes nothing.
+func TestPairSweep(t *testing.T) {
+	scs := scenarios()
+	for i := range scs {
+		scs[i].update = true
+	}
+	crash(t, sim.Geometries()[:1], first(scs, 2), 1, tears, tears)
+}
+
+// Nor does a third one where only the boot state is written.
+func TestTripleSweep(t *testing.T) {
+	crash(t, sim.Geometries()[:1], first(recordScenarios(), 1), 1, tears, tears, tears)
+}
+
+// A run can be repeated: equal faults leave equal bytes.
+func TestSweepIsExact(t *testing.T) {
+	g := sim.Geometries()[4]
+	sc := scenarios()[2]
+	sc.update = true
+	s := crashScenario(g, sc)
+	fresh := s.New
+	var chips []*memflash.Chip
+	s.New = func(ctx context.Context) (*crashtest.Device, error) {
+		d, err := fresh(ctx)
+		if err == nil {
+			chips = append(chips, d.Chip)
+		}
+		return d, err
+	}
+	for at := 1; at < 40; at += 3 {
+		chips = nil
+		for range 2 {
+			for _, f := range memflash.TearModes(7) {
+				f.At = at
+				require.NoError(t, s.Replay(t.Context(), f))
+			}
+		}
+		half := len(chips) / 2
+		for i := range half {
+			require.True(t, chips[i].Equal(chips[half+i]), "op %d, mode %d", at, i)
+		}
+	}
 }
