@@ -20,18 +20,19 @@ import (
 
 // fakeDevice is a device whose answers a test sets.
 type fakeDevice struct {
-	mu       sync.Mutex
-	state    ota.BootState
-	busy     string
-	errs     map[string]error // by method
-	calls    []string
-	got      []byte // what the last update read
-	opts     ota.UpdateOptions
-	snap     ota.SnapshotOptions
-	patch    ota.BootStatePatch
-	reboots  []time.Time
-	progress float64
-	pending  bool
+	mu        sync.Mutex
+	state     ota.BootState
+	busy      string
+	errs      map[string]error // by method
+	calls     []string
+	got       []byte // what the last update read
+	opts      ota.UpdateOptions
+	snap      ota.SnapshotOptions
+	patch     ota.BootStatePatch
+	reboots   []time.Time
+	progress  float64
+	calledOff bool // Revert leaves nothing to reboot for
+	pending   bool
 	// update replaces the reading of the image.
 	update func(ctx context.Context, r io.Reader) (ota.UpdateResult, error)
 }
@@ -91,7 +92,15 @@ func (d *fakeDevice) Commit(context.Context) error { return d.call("commit") }
 func (d *fakeDevice) CommitTrial(_ context.Context, id ota.TrialID) error {
 	return d.call("commit %v", id)
 }
-func (d *fakeDevice) Revert(context.Context) error { return d.call("revert") }
+func (d *fakeDevice) Revert(context.Context) error {
+	err := d.call("revert")
+	if err == nil {
+		d.mu.Lock()
+		d.pending = !d.calledOff
+		d.mu.Unlock()
+	}
+	return err
+}
 func (d *fakeDevice) CreateSnapshot(_ context.Context, o *ota.SnapshotOptions) (ota.SlotID, error) {
 	d.mu.Lock()
 	d.snap = *o

@@ -124,14 +124,15 @@ func (s *Server) otaCommit(ctx context.Context, r *Request) (any, error) {
 }
 
 func (s *Server) otaRevert(ctx context.Context, r *Request) (any, error) {
+	reboot := false // not for a trial that was called off before it began
 	err := s.run(ctx, func(ctx context.Context) error {
 		err := s.d.Revert(ctx)
-		if err == nil {
+		if reboot = err == nil && s.d.Status().RebootPending; reboot {
 			s.rebootIn(rebootAnyway)
 		}
 		return err
 	})
-	if err == nil {
+	if reboot {
 		r.after = func() { s.rebootSooner(revertDelay) }
 	}
 	return nil, decided(err)

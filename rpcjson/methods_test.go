@@ -148,6 +148,18 @@ func TestStatusAfterRevert(t *testing.T) {
 	require.Equal(t, statusText(1, "progress", true, 0), do(t, s, "OTA.Status", ""), "one that the program itself started")
 }
 
+// A trial that was called off before it began needs no reboot.
+func TestRevertWithoutReboot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newFake()
+		d.calledOff = true
+		s := newTest(t, d, nil)
+		require.Equal(t, null, do(t, s, "OTA.Revert", ""))
+		<-time.After(time.Hour)
+		require.Empty(t, d.rebootTimes())
+	})
+}
+
 func TestHandle(t *testing.T) {
 	s := newTest(t, newFake(), nil)
 	reply := func(v any, err error) HandlerFunc {

@@ -163,6 +163,7 @@ func (c *command) help(w io.Writer) {
 // describe returns the argument of f and what f is for.
 func describe(f *flag.Flag) (arg, text string) {
 	arg, text = flag.UnquoteUsage(f)
+	text = strings.TrimSuffix(text, ": "+arg) // which only names it
 	if f.DefValue != "" && f.DefValue != "false" && f.DefValue != "0" && f.DefValue != "0s" {
 		text += " (default " + f.DefValue + ")"
 	}
@@ -298,7 +299,7 @@ func completion(*flag.FlagSet) func(context.Context, *env, []string) error {
 			for _, c := range commands() {
 				e.printf("complete -c ota -n __fish_use_subcommand -f -a %s -d %s\n", c.name, single(c.short))
 				for _, f := range c.flags() {
-					_, text := flag.UnquoteUsage(f)
+					_, text := describe(f)
 					e.printf("complete -c ota -n '__fish_seen_subcommand_from %s' -o %s -d %s\n", c.name, f.Name, single(text))
 				}
 			}
