@@ -133,7 +133,11 @@ func (c *Client) call(ctx context.Context, method string, params, result any) er
 	if err := e.Encode(req); err != nil {
 		return fmt.Errorf("rpcjson: %s: parameters: %w: %w", printable(method), err, ota.ErrInvalid)
 	}
-	b, err := c.ch.RoundTrip(ctx, frame.Bytes(), c.o.MaxReply)
+	var b []byte
+	err := ctx.Err() // a channel may not look
+	if err == nil {
+		b, err = c.ch.RoundTrip(ctx, frame.Bytes(), c.o.MaxReply)
+	}
 	if err == nil {
 		var raw json.RawMessage
 		if raw, err = parseReply(b, id); err == nil && result != nil && len(raw) > 0 {

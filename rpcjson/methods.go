@@ -132,7 +132,7 @@ func (s *Server) otaRevert(ctx context.Context, r *Request) (any, error) {
 		}
 		return err
 	})
-	if reboot {
+	if err == nil && reboot { // err tells whether reboot is set
 		r.after = func() { s.rebootSooner(revertDelay) }
 	}
 	return nil, decided(err)
