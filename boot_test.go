@@ -377,3 +377,17 @@ func TestBootUncountedTrial(t *testing.T) {
 	_, _, err = r.Boot(t.Context(), &r.o)
 	require.ErrorIs(t, err, ota.ErrNotBootable)
 }
+
+// Before the boot step acts on the record, every copy holds it.
+func TestBootHealsFirst(t *testing.T) {
+	r := newRig(t, fileGeometry(), ota.Options{})
+	r.install(2)
+	require.NoError(t, r.Chip.FlipBit(4, 40, 2))
+	require.NoError(t, r.Restart())
+	_, err := ota.Boot(t.Context(), r.Record, r.Slots, nil)
+	require.NoError(t, err)
+	for _, other := range []int{5, 6} {
+		require.NoError(t, r.Chip.FlipBit(other, 40, 2))
+	}
+	require.Equal(t, ota.SlotID(1), r.stored().Active)
+}

@@ -560,6 +560,12 @@ func TestSetBootStateRefusals(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, r.Chip.FlipBit(0, 1, 1))
 	require.ErrorIs(t, r.dev.SetBootState(t.Context(), other), ota.ErrDigest)
+	require.NoError(t, r.Chip.FlipBit(0, 1, 1))
+	rejected := r.stored()
+	rejected.Slots[0].Rejected = true
+	require.NoError(t, r.Record.Store(t.Context(), rejected))
+	r.boot()
+	require.ErrorIs(t, r.dev.SetBootState(t.Context(), ota.BootStatePatch{Revert: ptr(ota.SlotID(0))}), ota.ErrUnverifiedSlot, "rejected")
 	r.update(3, 0)
 	require.ErrorIs(t, r.dev.SetBootState(t.Context(), ota.BootStatePatch{Active: ptr(ota.SlotID(1))}), ota.ErrNotCommitted)
 }
