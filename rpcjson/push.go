@@ -231,9 +231,7 @@ func (s *Server) otaEnd(ctx context.Context, r *Request) (any, error) {
 	if u.code != resultOK {
 		return nil, u.failure(-1)
 	}
-	if !u.same {
-		r.after = func() { s.rebootSooner(updateDelay) }
-	}
+	r.after = func() { s.rebootSooner(updateDelay) }
 	return s.status(u), nil
 }
 
