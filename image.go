@@ -46,6 +46,32 @@ type PartInfo struct {
 	// SHA256 is the digest of those bytes, or nil in images of old formats
 	// that carry none.
 	SHA256 *[32]byte
+	// Chunks has the digests of the pieces of those bytes, or is nil if the
+	// image has none. They are as authentic as SHA256.
+	Chunks *Chunks
+}
+
+// Chunks are the digests of consecutive pieces of a part: Size bytes each, the
+// last one maybe shorter. With them a piece is checked before it is written,
+// and one that is in place already needs neither be read nor written.
+type Chunks struct {
+	Size   int64 // bytes, more than 0
+	SHA256 [][32]byte
+}
+
+// Range is a run of bytes.
+type Range struct{ Off, Len int64 }
+
+// Selector is an optional interface of [ImagePart].Data whose source need not
+// be read in full, such as a file or a server that takes range requests.
+//
+// Select is called once at most, before the first Read, with the bytes of the
+// part that are wanted: ascending ranges, none empty, that neither overlap nor
+// touch, and that begin and end on borders of chunks or at the end of the part.
+// Read then yields these bytes only, one range after another, and io.EOF. With
+// no ranges at all the part is passed over.
+type Selector interface {
+	Select(wanted []Range) error
 }
 
 // ImagePart is a part of an image with its data.
