@@ -2,7 +2,6 @@ package driver_test
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"flag"
 	"fmt"
@@ -14,9 +13,8 @@ import (
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/boot/bootrecord"
 	"github.com/slotota/ota/boot/driver"
-	"github.com/slotota/ota/boottest"
-	"github.com/slotota/ota/crashtest"
 	"github.com/slotota/ota/flash/memflash"
+	"github.com/slotota/ota/internal/loadertest"
 )
 
 var (
@@ -29,10 +27,10 @@ var (
 type loader struct {
 	rec     *bootrecord.Record
 	oneShot bool
-	running ota.SlotID
+	running func(context.Context) (ota.SlotID, error)
 }
 
-func (l *loader) Running(context.Context) (ota.SlotID, error) { return l.running, nil }
+func (l *loader) Running(ctx context.Context) (ota.SlotID, error) { return l.running(ctx) }
 
 func (l *loader) Read(ctx context.Context) (driver.Choice, error) {
 	s, err := l.rec.Load(ctx)
@@ -50,201 +48,80 @@ func (l *loader) Write(ctx context.Context, c driver.Choice) error {
 }
 
 // boot does what the loader does at a reset: it starts a slot.
-func (l *loader) boot(ctx context.Context) error {
-	s, err := l.rec.Heal(ctx)
-	if errors.Is(err, ota.ErrNoBootState) {
-		l.running = 0
-		return nil
-	}
+func boot(ctx context.Context, flashes []ota.Flash) (ota.SlotID, error) {
+	rec, err := bootrecord.New(flashes, nil)
 	if err != nil {
-		return err
+		return ota.NoSlot, err
 	}
+	s, err := rec.Heal(ctx)
 	switch {
+	case errors.Is(err, ota.ErrNoBootState):
+		return 0, nil
+	case err != nil:
+		return ota.NoSlot, err
 	case s.Committed:
-	case s.Tries > 0:
-		s.Tries--
-		s.Booted = true
-		if err := l.rec.Store(ctx, s); err != nil {
-			return err
-		}
-	default:
-		l.running = s.Revert
-		return nil
+		return s.Active, nil
+	case s.Tries == 0:
+		return s.Revert, nil
 	}
-	l.running = s.Active
-	return nil
+	s.Tries--
+	s.Booted = true
+	return s.Active, rec.Store(ctx, s)
 }
 
-// rig is a loader and the library's records on one chip.
-type rig struct {
-	*driver.Bootloader
-	l *loader
-}
-
-func open(t *testing.T, chip *memflash.Chip, oneShot bool) rig {
-	var recs [3]*bootrecord.Record
-	for i := range recs {
-		var err error
-		recs[i], err = bootrecord.New(chip.Flashes()[i*3:i*3+3], nil)
-		require.NoError(t, err)
+func loaders() []loadertest.Loader {
+	var ls []loadertest.Loader
+	for _, oneShot := range []bool{false, true} {
+		ls = append(ls, loadertest.Loader{
+			Name:    fmt.Sprintf("one-shot-%v", oneShot),
+			Flashes: slices.Repeat([]memflash.Config{{Size: 4096, EraseSize: 4096}}, 3),
+			Open: func(flashes []ota.Flash, running func(context.Context) (ota.SlotID, error)) (driver.Driver, error) {
+				rec, err := bootrecord.New(flashes, nil)
+				return &loader{rec: rec, oneShot: oneShot, running: running}, err
+			},
+			Boot: boot,
+		})
 	}
-	l := &loader{rec: recs[0], oneShot: oneShot}
-	b, err := driver.New(l, recs[1], recs[2])
-	require.NoError(t, err)
-	return rig{b, l}
-}
-
-func newChip() *memflash.Chip {
-	return memflash.NewChip(slices.Repeat([]memflash.Config{{Size: 4096, EraseSize: 4096}}, 9)...)
+	return ls
 }
 
 func TestConformance(t *testing.T) {
-	for _, oneShot := range []bool{false, true} {
-		t.Run(fmt.Sprintf("one shot %v", oneShot), func(t *testing.T) {
-			chip := newChip()
-			boottest.Run(t, func(t *testing.T) ota.Bootloader { return boottest.OnChip(open(t, chip, oneShot), chip) })
-		})
+	for _, l := range loaders() {
+		t.Run(l.Name, l.Conformance)
 	}
 }
 
-// restart is what follows a reset: the loader starts a slot, whose firmware opens
-// the device.
-func restart(ctx context.Context, t *testing.T, chip *memflash.Chip, oneShot bool, slots []ota.Slot) (*ota.Device, *loader, error) {
-	r := open(t, chip, oneShot)
-	if err := r.l.boot(ctx); err != nil {
-		return nil, nil, err
-	}
-	d, err := ota.Open(ctx, r, slots, nil)
-	return d, r.l, err
-}
-
-func broken(format string, args ...any) error {
-	return fmt.Errorf("%w: %w", crashtest.ErrViolation, fmt.Errorf(format, args...))
-}
-
-// TestPowerCuts takes a device through trials, commits and reverts, and cuts the
-// power at every operation on loader and records: the slot that the loader starts
-// and the state must always agree about what happened.
 func TestPowerCuts(t *testing.T) {
-	// Slots whose content does not matter: SetBootState and the state do.
-	var slots []ota.Slot
-	for range 2 {
-		slots = append(slots, ota.Slot{Parts: []ota.Part{{Name: "app", Flash: memflash.New(memflash.Config{Size: 64})}}})
+	for _, l := range loaders() {
+		l.Replay, l.Twice = *replay, *long
+		l.PowerCuts(t)
 	}
-	one := ota.SlotID(1)
-	begin := func(ctx context.Context, d *ota.Device) error {
-		return d.SetBootState(ctx, ota.BootStatePatch{Active: &one})
-	}
-	var scenarios []crashtest.Scenario
-	for _, oneShot := range []bool{false, true} {
-		// The device came with slot 0, and slot 1 was installed and is known.
-		base := newChip()
-		r := open(t, base, oneShot)
-		first := ota.BootState{Committed: true, Revert: ota.NoSlot, Slots: []ota.SlotState{known, known}, Last: ota.Result{Slot: ota.NoSlot}}
-		require.NoError(t, r.Store(t.Context(), first))
-		trial := base.Clone()
-		d, _, err := restart(t.Context(), t, trial, oneShot, slots)
-		require.NoError(t, err)
-		require.NoError(t, begin(t.Context(), d))
-		for _, sc := range []struct {
-			name string
-			base *memflash.Chip
-			run  func(ctx context.Context, d *ota.Device) error
-			ok   func(s ota.BootState, running ota.SlotID, done bool) bool
-		}{
-			{"begin", base, begin, func(s ota.BootState, running ota.SlotID, done bool) bool {
-				return trialOf1(s, running) || committed0(s, running) && (!done || fellBack(s))
-			}},
-			{"commit", trial, func(ctx context.Context, d *ota.Device) error { return d.Commit(ctx) }, func(s ota.BootState, running ota.SlotID, done bool) bool {
-				if running == 1 && s.Committed {
-					return s.Active == 1 && s.Last.Outcome == ota.OutcomeCommitted
-				}
-				return !done && (trialOf1(s, running) || committed0(s, running) && fellBack(s))
-			}},
-			{"revert", trial, func(ctx context.Context, d *ota.Device) error { return d.Revert(ctx) }, func(s ota.BootState, running ota.SlotID, done bool) bool {
-				if done {
-					return committed0(s, running) && s.Last.Reason == ota.ReasonRequested
-				}
-				return trialOf1(s, running) || committed0(s, running) && s.Last.Outcome == ota.OutcomeReverted
-			}},
-			{"reset", trial, func(context.Context, *ota.Device) error { return nil }, func(s ota.BootState, running ota.SlotID, _ bool) bool {
-				return trialOf1(s, running) || committed0(s, running) && fellBack(s)
-			}},
-		} {
-			scenarios = append(scenarios, crashtest.Scenario{
-				Name: fmt.Sprintf("%s/one-shot-%v", sc.name, oneShot),
-				New: func(ctx context.Context) (*crashtest.Device, error) {
-					chip := sc.base.Clone()
-					done := false
-					return &crashtest.Device{
-						Chip: chip,
-						Run: func(ctx context.Context) error {
-							d, _, err := restart(ctx, t, chip, oneShot, slots)
-							if err != nil {
-								return err
-							}
-							err = sc.run(ctx, d)
-							done = err == nil
-							return err
-						},
-						Check: func(ctx context.Context) error {
-							d, l, err := restart(ctx, t, chip, oneShot, slots)
-							if err != nil {
-								return err
-							}
-							s, err := d.BootState(ctx)
-							if err != nil {
-								return err
-							}
-							if !sc.ok(s, l.running, done) {
-								return broken("slot %d runs, done %v, state %+v", l.running, done, s)
-							}
-							return nil
-						},
-					}, nil
-				},
-			})
-		}
-	}
-	o := crashtest.Options{Faults: []crashtest.Modes{memflash.TearModes}, Replay: *replay}
-	if *long {
-		o.Faults = append(o.Faults, memflash.TearModes)
-	}
-	crashtest.Run(t, scenarios, &o)
-}
-
-func trialOf1(s ota.BootState, running ota.SlotID) bool {
-	return running == 1 && !s.Committed && s.Active == 1 && s.Revert == 0 && s.Booted
-}
-
-func committed0(s ota.BootState, running ota.SlotID) bool {
-	return running == 0 && s.Committed && s.Active == 0
-}
-
-func fellBack(s ota.BootState) bool {
-	return s.Last.Outcome == ota.OutcomeReverted && s.Last.Reason == ota.ReasonBootloader && s.Slot(1).Rejected
-}
-
-var known = ota.SlotState{
-	Parts:    []ota.PartState{{Size: 64, SHA256: sha256.Sum256(make([]byte, 64))}},
-	Approved: true,
 }
 
 var errStop = errors.New("stop")
 
+// record returns a record in memory.
+func record(t *testing.T) *bootrecord.Record {
+	r, err := bootrecord.New(memflash.NewChip(slices.Repeat([]memflash.Config{{Size: 4096}}, 3)...).Flashes(), nil)
+	require.NoError(t, err)
+	return r
+}
+
 // TestForeignChange: another program has told the loader what to do.
 func TestForeignChange(t *testing.T) {
-	r := open(t, newChip(), false)
+	l := &loader{rec: record(t)}
+	r, err := driver.New(l, record(t), record(t))
+	require.NoError(t, err)
 	ctx := t.Context()
 	require.NoError(t, r.Store(ctx, ota.BootState{Committed: true, Revert: ota.NoSlot, Floor: 3}))
-	require.NoError(t, r.l.Write(ctx, driver.Choice{Active: 1, Revert: ota.NoSlot}))
+	require.NoError(t, l.Write(ctx, driver.Choice{Active: 1, Revert: ota.NoSlot}))
 	s, err := r.Load(ctx)
 	require.NoError(t, err)
 	require.True(t, s.Committed)
 	require.Equal(t, ota.SlotID(1), s.Active)
 	require.Equal(t, uint64(3), s.Floor)
 
-	require.NoError(t, r.l.Write(ctx, driver.Choice{Active: 0, Trial: true, Revert: 1, Tries: 2}))
+	require.NoError(t, l.Write(ctx, driver.Choice{Active: 0, Trial: true, Revert: 1, Tries: 2}))
 	s, err = r.Load(ctx)
 	require.NoError(t, err)
 	require.False(t, s.Committed)
@@ -254,10 +131,8 @@ func TestForeignChange(t *testing.T) {
 
 // TestLoaderError: what cannot be read is not taken for absent.
 func TestLoaderError(t *testing.T) {
-	r := open(t, newChip(), false)
 	ctx := t.Context()
-	require.NoError(t, r.Store(ctx, ota.BootState{Committed: true, Revert: ota.NoSlot}))
-	b, err := driver.New(failing{}, r, open(t, newChip(), false))
+	b, err := driver.New(failing{}, record(t), record(t))
 	require.NoError(t, err)
 	_, err = b.Load(ctx)
 	require.ErrorIs(t, err, errStop)
