@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/internal/fsys"
 )
 
 // Location is where a copy of the environment is: one line of fw_env.config.
@@ -227,22 +228,5 @@ func (f *wholeFile) replaceAll(b []byte) error {
 	if err != nil {
 		return err
 	}
-	info, err := os.Stat(path)
-	if err != nil {
-		return err
-	}
-	tmp := path + ".new"
-	h, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, info.Mode().Perm())
-	if err != nil {
-		return err
-	}
-	_, err = h.Write(b)
-	err = errors.Join(err, h.Sync(), h.Close())
-	if err == nil {
-		err = os.Rename(tmp, path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(tmp))
-	}
-	return syncDir(filepath.Dir(path))
+	return fsys.Replace(fsys.OS{}, filepath.ToSlash(path), b)
 }

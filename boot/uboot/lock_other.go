@@ -6,5 +6,3 @@ import "context"
 
 // lockFiles does nothing: U-Boot's tools do not exist here.
 func lockFiles(context.Context, []string) (func(), error) { return func() {}, nil }
-
-func syncDir(string) error { return nil }

@@ -72,11 +72,3 @@ func flock(ctx context.Context, f *os.File) error {
 		}
 	}
 }
-
-func syncDir(name string) error {
-	d, err := os.Open(name)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
