@@ -38,6 +38,11 @@ type Healer interface {
 	Heal(ctx context.Context) (BootState, error)
 }
 
+// TryLimiter is an optional interface of a [Bootloader] that can count only so many
+// boots of a trial. MaxTries returns that number, 0 for no limit; Store of a state
+// with more Tries fails.
+type TryLimiter interface{ MaxTries() int }
+
 // loadHealed loads the boot state of b, healed if b can.
 func loadHealed(ctx context.Context, b Bootloader) (BootState, error) {
 	if h, ok := b.(Healer); ok {

@@ -215,6 +215,9 @@ func Open(ctx context.Context, b Bootloader, slots []Slot, o *Options) (*Device,
 		return nil, opErr(op, NoSlot, fmt.Errorf("options: Tries or BufferSize out of range: %w", ErrInvalid))
 	}
 	d.o.Tries = max(d.o.Tries, 1)
+	if l, ok := b.(TryLimiter); ok && l.MaxTries() > 0 && d.o.Tries > l.MaxTries() {
+		return nil, opErr(op, NoSlot, fmt.Errorf("options: %d Tries, the boot loader can count to %d: %w", d.o.Tries, l.MaxTries(), ErrInvalid))
+	}
 	if d.o.Logger == nil {
 		d.o.Logger = slog.New(slog.DiscardHandler)
 	}

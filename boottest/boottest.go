@@ -154,7 +154,11 @@ func (c *check) restart() bool {
 }
 
 // states are examples that use all fields, up to their limits, and differ.
-func states() []ota.BootState {
+func (c *check) states() []ota.BootState {
+	tries := 3
+	if l, ok := c.b.(ota.TryLimiter); ok && l.MaxTries() > 0 {
+		tries = min(tries, l.MaxTries())
+	}
 	none := ota.Result{Slot: ota.NoSlot}
 	full := func(seed byte, v string) ota.SlotState {
 		s := ota.SlotState{Security: uint64(seed), Version: v, BuildID: strings.Repeat("b", ota.MaxVersion), Approved: true}
@@ -165,7 +169,7 @@ func states() []ota.BootState {
 	}
 	return []ota.BootState{
 		{Active: 0, Committed: true, Revert: ota.NoSlot, Last: none},
-		{Active: 1, Revert: 0, CommitTimeout: ota.MaxCommitTimeout, Trial: ota.TrialID{1, 2, 3, 4, 5, 6, 7, 8}, Tries: 3, Floor: 7,
+		{Active: 1, Revert: 0, CommitTimeout: ota.MaxCommitTimeout, Trial: ota.TrialID{1, 2, 3, 4, 5, 6, 7, 8}, Tries: tries, Floor: 7,
 			Slots: []ota.SlotState{full(1, strings.Repeat("v", ota.MaxVersion)), full(2, "2.0 é")}, Last: none},
 		{Active: 1, Revert: 0, Booted: true, Trial: ota.TrialID{0xff, 7: 0xff}, Floor: math.MaxUint64,
 			Slots: []ota.SlotState{{}, {Rejected: true, Parts: []ota.PartState{{}}}}, Last: none},
@@ -235,7 +239,7 @@ func (c *check) none() {
 }
 
 func (c *check) firstStore() {
-	s := states()[1]
+	s := c.states()[1]
 	complete := false
 	c.faults(Cut, "first-store", nil, func() error { return c.b.Store(c.ctx, s.Clone()) }, func(when string, err error) bool {
 		complete = complete || err == nil
@@ -258,7 +262,7 @@ func (c *check) roundTrip() {
 	if !c.restart() {
 		return
 	}
-	all := states()
+	all := c.states()
 	for _, s := range append(all, all[0], all[0]) {
 		// Not loaded before, not loaded between.
 		if !c.restart() || !c.store("store", s) {
@@ -288,7 +292,7 @@ func (c *check) roundTrip() {
 }
 
 func (c *check) alias() {
-	want := states()[1]
+	want := c.states()[1]
 	s := want.Clone()
 	if err := c.b.Store(c.ctx, s); err != nil {
 		c.fail("store", "%w", err)
@@ -309,7 +313,7 @@ func (c *check) alias() {
 }
 
 func (c *check) unknownSlot() {
-	good := states()[4]
+	good := c.states()[4]
 	c.store("store", good)
 	for _, id := range []ota.SlotID{ota.MaxSlots, -2, 1 << 16} {
 		for _, bad := range []ota.BootState{{Active: id, Revert: 0, Last: good.Last}, {Active: 0, Revert: id, Last: good.Last}} {
@@ -333,7 +337,7 @@ func (c *check) running() {
 	case first < 0 || first >= ota.MaxSlots:
 		c.fail("running", "slot %d", first)
 	}
-	for _, s := range states() {
+	for _, s := range c.states() {
 		c.store("store", s)
 		again, rerr := c.b.Running(c.ctx)
 		if again != first || (rerr == nil) != (err == nil) {
@@ -344,7 +348,7 @@ func (c *check) running() {
 }
 
 func (c *check) concurrent() {
-	all := states()
+	all := c.states()
 	c.store("store", all[0])
 	var wg sync.WaitGroup
 	var mu sync.Mutex
@@ -384,7 +388,7 @@ func (c *check) concurrent() {
 }
 
 func (c *check) context() {
-	all := states()
+	all := c.states()
 	c.store("store", all[0])
 	ctx, cancel := context.WithCancel(c.ctx)
 	cancel()
@@ -444,7 +448,7 @@ func (c *check) heal(rule, when string) {
 }
 
 func (c *check) atomic() {
-	all := states()
+	all := c.states()
 	older, newer := all[1], all[3]
 	for _, k := range []Fault{Cut, Fail} {
 		c.faults(k, "atomic", &older, func() error { return c.b.Store(c.ctx, newer.Clone()) }, func(when string, err error) bool {
@@ -470,7 +474,7 @@ func (c *check) atomic() {
 }
 
 func (c *check) dropped() {
-	all := states()
+	all := c.states()
 	c.faults(Drop, "dropped", &all[0], func() error { return c.b.Store(c.ctx, all[1].Clone()) }, func(when string, err error) bool {
 		want := all[:2]
 		if err == nil {
@@ -482,7 +486,7 @@ func (c *check) dropped() {
 }
 
 func (c *check) readErrors() {
-	all := states()
+	all := c.states()
 	if !c.restart() {
 		return
 	}

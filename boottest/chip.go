@@ -30,6 +30,14 @@ type chipHealer struct {
 
 func (f chipHealer) Heal(ctx context.Context) (ota.BootState, error) { return f.h.Heal(ctx) }
 
+// MaxTries implements [ota.TryLimiter].
+func (f chipFaulter) MaxTries() int {
+	if l, ok := f.Bootloader.(ota.TryLimiter); ok {
+		return l.MaxTries()
+	}
+	return 0
+}
+
 // Fault implements [Faulter].
 func (f chipFaulter) Fault(k Fault, n int) func() bool {
 	stats := f.chip.Stats()

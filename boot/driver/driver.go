@@ -100,7 +100,7 @@ type Capabilities struct {
 // Capable is an optional interface of a [Driver].
 type Capable interface{ Capabilities() Capabilities }
 
-// Bootloader is an [ota.Bootloader] and [ota.Healer]. It is safe for concurrent use.
+// Bootloader is an [ota.Bootloader], [ota.Healer] and [ota.TryLimiter]. It is safe for concurrent use.
 // One process at a time may use it.
 type Bootloader struct {
 	d            Driver
@@ -124,6 +124,9 @@ func (b *Bootloader) Capabilities() Capabilities {
 	}
 	return Capabilities{}
 }
+
+// MaxTries implements [ota.TryLimiter].
+func (b *Bootloader) MaxTries() int { return b.Capabilities().MaxTries }
 
 // Running implements [ota.Bootloader].
 func (b *Bootloader) Running(ctx context.Context) (ota.SlotID, error) { return b.d.Running(ctx) }
@@ -194,7 +197,7 @@ func (b *Bootloader) Store(ctx context.Context, s ota.BootState) error {
 	if s.Active < 0 || s.Active >= ota.MaxSlots || s.Revert < ota.NoSlot || s.Revert >= ota.MaxSlots {
 		return fmt.Errorf("driver: active slot %d, revert slot %d: %w", s.Active, s.Revert, ota.ErrUnknownSlot)
 	}
-	if most := b.Capabilities().MaxTries; most > 0 && s.Tries > most {
+	if most := b.MaxTries(); most > 0 && s.Tries > most {
 		return fmt.Errorf("driver: %d tries, the boot loader can count to %d: %w", s.Tries, most, ota.ErrInvalid)
 	}
 	if err := b.acquire(ctx); err != nil {

@@ -138,6 +138,12 @@ func TestLoaderError(t *testing.T) {
 	require.ErrorIs(t, err, errStop)
 	require.ErrorIs(t, b.Store(ctx, ota.BootState{Active: 1, Committed: true, Revert: ota.NoSlot}), errStop)
 	require.ErrorIs(t, b.Store(ctx, ota.BootState{Active: 1, Tries: 2}), ota.ErrInvalid)
+	var slots []ota.Slot
+	for range 2 {
+		slots = append(slots, ota.Slot{Parts: []ota.Part{{Name: "app", Flash: memflash.New(memflash.Config{Size: 64})}}})
+	}
+	_, err = ota.Open(ctx, b, slots, &ota.Options{Tries: 2})
+	require.ErrorContains(t, err, "can count to 1")
 }
 
 type failing struct{}
