@@ -122,6 +122,8 @@ func (w *world) started(h ota.Handover) error {
 		return violation("I7: the floor fell from %d to %d", w.floor, s.Floor)
 	case s.Committed && v != w.promised && v != w.maybe:
 		return violation("I4: image %d is started, %d was promised", v, w.promised)
+	case s.Committed && v > 1 && s.Floor < sim.Security(v):
+		return violation("I7: image %d is committed, the floor is %d", v, s.Floor)
 	case s.Committed:
 		w.promised, w.maybe, w.trial = v, 0, 0
 	case h.Slot == s.Revert:
