@@ -13,7 +13,7 @@ import (
 func TestCatalogueApplies(t *testing.T) {
 	all, err := load(catalogue)
 	require.NoError(t, err)
-	require.Greater(t, len(all), 60)
+	require.Greater(t, len(all), 120)
 	own := 0
 	for _, x := range all {
 		if strings.HasPrefix(x.source, "own") {
