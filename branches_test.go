@@ -1,0 +1,395 @@
+package ota_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/slotota/ota"
+	"github.com/slotota/ota/flash/memflash"
+	"github.com/slotota/ota/internal/sim"
+	"github.com/stretchr/testify/require"
+)
+
+// A stored state without a revert slot has nothing to go back to.
+func TestBootWithoutRevertSlot(t *testing.T) {
+	for tries, dead := range map[int]bool{0: false, 1: true} {
+		r := newRig(t, fileGeometry(), ota.Options{})
+		r.update(2, 0)
+		s := r.stored()
+		s.Tries, s.Revert = tries, ota.NoSlot
+		require.NoError(t, r.Record.Store(t.Context(), s))
+		if dead {
+			r.Chip.Plan(memflash.Fault{Kind: memflash.Fail, Forever: true}) // the boot cannot be counted
+		}
+		_, _, err := r.Boot(t.Context(), &r.o)
+		require.ErrorIs(t, err, ota.ErrNotBootable)
+	}
+}
+
+// A boot that is called off does not look for another firmware.
+func TestBootCancelledWhileCommitted(t *testing.T) {
+	r := newRig(t, fileGeometry(), ota.Options{})
+	r.install(2)
+	_, err := r.dev.CreateSnapshot(t.Context(), nil)
+	require.NoError(t, err)
+	require.NoError(t, r.Restart())
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	r.Chip.OnOp(func(op memflash.Op) {
+		if op.Flash == 2 {
+			cancel()
+		}
+		require.NotContains(t, []int{0, 1}, op.Flash)
+	})
+	_, err = ota.Boot(ctx, r.Record, r.Slots, &ota.BootOptions{BufferSize: 64})
+	require.ErrorIs(t, err, context.Canceled)
+	require.NotErrorIs(t, err, ota.ErrNotBootable)
+}
+
+// A record that describes more than the flash holds is no reason to read there.
+func TestRecordBeyondTheFlash(t *testing.T) {
+	r := newRig(t, fileGeometry(), ota.Options{})
+	r.install(2)
+	_, err := r.dev.CreateSnapshot(t.Context(), nil)
+	require.NoError(t, err)
+	s := r.stored()
+	s.Slots[1].Parts[0].Size = 1 << 40
+	require.NoError(t, r.Record.Store(t.Context(), s))
+	r.boot()
+	require.Equal(t, ota.SlotID(0), r.h.Slot, "the snapshot takes over")
+	require.ErrorIs(t, r.h.Problem, ota.ErrTooLarge)
+}
+
+func TestUnknownWords(t *testing.T) {
+	require.Equal(t, "unknown (99)", ota.Outcome(99).String())
+	require.Equal(t, "unknown (99)", ota.Reason(99).String())
+	require.Equal(t, "unknown (99)", ota.Phase(99).String())
+}
+
+// What runs has to be measured before a trial; if that fails nothing changes.
+func TestMeasuringFails(t *testing.T) {
+	r := newRig(t, fileGeometry(), ota.Options{})
+	unreadable := memflash.Fault{Kind: memflash.Fail, On: memflash.OpRead, Flash: 0, Len: 1, Forever: true}
+	r.Chip.Plan(unreadable)
+	_, err := r.dev.CreateSnapshot(t.Context(), nil)
+	require.ErrorIs(t, err, memflash.ErrFault)
+	_, err = r.dev.Update(t.Context(), &sim.Image{V: 2}, nil)
+	require.ErrorIs(t, err, memflash.ErrFault)
+	require.Zero(t, r.Chip.Ops())
+
+	// The other slot is verified, the running one was never measured.
+	r.Chip.Plan()
+	r.update(2, 0)
+	s := r.state()
+	require.NoError(t, r.dev.Revert(t.Context()))
+	s.Active, s.Revert, s.Committed, s.Slots[0] = 0, ota.NoSlot, true, ota.SlotState{}
+	require.NoError(t, r.Record.Store(t.Context(), s))
+	r.boot()
+	ops := r.Chip.Ops()
+	r.Chip.Plan(unreadable)
+	require.ErrorIs(t, r.dev.SetBootState(t.Context(), ota.BootStatePatch{Active: ptr(ota.SlotID(1))}), memflash.ErrFault)
+	require.Equal(t, ops, r.Chip.Ops())
+	require.True(t, r.state().Committed)
+}
+
+func TestSnapshotRefusals(t *testing.T) {
+	r := newRig(t, fileGeometry(), ota.Options{})
+	_, err := r.dev.CreateSnapshot(t.Context(), &ota.SnapshotOptions{CommitTimeout: -1})
+	require.ErrorIs(t, err, ota.ErrInvalid)
+	r.Slots[1].ReadOnly = true
+	dev, err := ota.Open(t.Context(), r.Record, r.Slots, &r.o)
+	require.NoError(t, err)
+	_, err = dev.CreateSnapshot(t.Context(), nil)
+	require.ErrorIs(t, err, ota.ErrNoTarget)
+
+	// The second look at a part that may change fails.
+	r = newRig(t, fileGeometry(), ota.Options{})
+	for i := range r.Slots {
+		r.Slots[i].Parts[1].Mutable = true
+	}
+	r.o.OnEvent = func(e ota.Event) {
+		if e.Phase == ota.PhaseVerifying && e.Slot == 1 && e.Part == "fs" && e.Done == e.Total {
+			r.Chip.Plan(memflash.Fault{Kind: memflash.Fail, On: memflash.OpRead, Flash: 1, Len: 1, Forever: true})
+		}
+	}
+	r.boot()
+	_, err = r.dev.CreateSnapshot(t.Context(), nil)
+	require.ErrorIs(t, err, memflash.ErrFault)
+	require.Empty(t, r.stored().Slot(1).Parts)
+}
+
+// Whatever somebody decides while a check fails is decided.
+func TestDecidedWhileACheckFails(t *testing.T) {
+	bad := errors.New("bad")
+	for name, tc := range map[string]struct {
+		decide func(*testing.T, *ota.Device)
+		want   error
+	}{
+		"committed": {func(t *testing.T, d *ota.Device) { require.NoError(t, d.Commit(t.Context())) }, nil},
+		"reverted":  {func(t *testing.T, d *ota.Device) { require.NoError(t, d.Revert(t.Context())) }, ota.ErrReverted},
+		"committed, and being updated": {func(t *testing.T, d *ota.Device) {
+			require.NoError(t, d.Commit(t.Context()))
+			ctx, cancel := context.WithCancel(t.Context())
+			reading, done := make(chan struct{}), make(chan struct{})
+			t.Cleanup(func() { cancel(); <-done })
+			stuck := func(string, io.Reader) io.Reader { close(reading); return untilDone{ctx} }
+			go func() {
+				defer close(done)
+				_, err := d.Update(ctx, &sim.Image{V: 3, Wrap: stuck}, nil)
+				if !errors.Is(err, context.Canceled) {
+					t.Error(err)
+				}
+			}()
+			<-reading
+		}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			resets := 0
+			var dev *ota.Device
+			o := ota.Options{
+				Reset: func(context.Context) error { resets++; return nil },
+				Checks: []ota.Check{{Name: "c", Run: func(context.Context) error {
+					tc.decide(t, dev)
+					return bad
+				}}},
+			}
+			r := newRig(t, fileGeometry(), o)
+			r.update(2, 0)
+			r.boot()
+			dev = r.dev
+			err := dev.Watch(t.Context())
+			require.ErrorIs(t, err, tc.want)
+			require.NotErrorIs(t, err, bad)
+			require.Zero(t, resets, "who decided reboots")
+			require.Equal(t, tc.want == nil, r.stored().Last.Outcome == ota.OutcomeCommitted)
+		})
+	}
+}
+
+// After a loss there is nowhere to go back to if a check fails.
+func TestCheckFailsAfterLoss(t *testing.T) {
+	bad := errors.New("bad")
+	r := newRig(t, fileGeometry(), ota.Options{Checks: []ota.Check{{Name: "c", Run: func(context.Context) error { return bad }}}})
+	r.install(2)
+	loseRecord(r)
+	dev, err := ota.Open(t.Context(), r.Record, r.Slots, &r.o)
+	require.NoError(t, err)
+	err = dev.Watch(t.Context())
+	require.ErrorIs(t, err, bad)
+	require.ErrorIs(t, err, ota.ErrNoRevert)
+}
+
+// A check is not begun without knowing how much time it has.
+func TestCheckWithoutClock(t *testing.T) {
+	broken := errors.New("no clock")
+	r := newRig(t, fileGeometry(), ota.Options{
+		Reset:     func(context.Context) error { return nil },
+		BootClock: func() (time.Duration, error) { return 0, broken },
+		Checks:    []ota.Check{{Name: "c", Run: func(context.Context) error { t.Error("it ran"); return nil }}},
+	})
+	r.update(2, time.Minute)
+	r.boot()
+	require.ErrorIs(t, r.dev.Watch(t.Context()), broken)
+	require.Equal(t, ota.ReasonTimeout, r.stored().Last.Reason)
+}
+
+func TestOpenFails(t *testing.T) {
+	r := newRig(t, fileGeometry(), ota.Options{})
+	r.update(2, 0)
+	r.boot() // counted
+	lost := errors.New("which one?")
+	_, err := ota.Open(t.Context(), running{r.Record, func() (ota.SlotID, error) { return 0, lost }}, r.Slots, &r.o)
+	require.ErrorIs(t, err, lost)
+
+	// A fallback is to be stored, and the context ends.
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	r.Chip.OnOp(func(op memflash.Op) {
+		if op.Kind != memflash.OpRead {
+			cancel()
+		}
+	})
+	_, err = ota.Open(ctx, running{r.Record, func() (ota.SlotID, error) { return 0, nil }}, r.Slots, &r.o)
+	require.ErrorIs(t, err, context.Canceled)
+}
+
+// running is a boot loader that finds out by itself what runs.
+type running struct {
+	ota.Bootloader
+	is func() (ota.SlotID, error)
+}
+
+func (b running) Running(context.Context) (ota.SlotID, error) { return b.is() }
+
+// Who waits for a store gives up with its context.
+func TestWaitingIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, fileGeometry(), ota.Options{})
+		r.update(2, 0)
+		r.boot()
+		r.Chip.Plan(memflash.Fault{Kind: memflash.Slow, On: memflash.OpWrite, Flash: 4, Len: 1, Delay: time.Minute})
+		done := make(chan error)
+		go func() { done <- r.dev.Commit(context.Background()) }()
+		synctest.Wait()
+		require.Equal(t, "commit", r.dev.Status().Busy)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		require.ErrorIs(t, r.dev.Revert(ctx), context.DeadlineExceeded)
+		require.NoError(t, <-done)
+		require.ErrorIs(t, r.dev.Revert(t.Context()), ota.ErrCommitted)
+	})
+}
+
+// An update is given up while what is in place is verified.
+func TestGivenUpWhileVerifying(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	r := newRig(t, fileGeometry(), ota.Options{BufferSize: 64})
+	r.update(2, 0)
+	require.NoError(t, r.dev.Revert(t.Context()))
+	before := r.stored()
+	r.Chip.OnOp(func(memflash.Op) { cancel() })
+	_, err := r.dev.Update(ctx, &sim.Image{V: 2}, nil)
+	require.ErrorIs(t, err, context.Canceled)
+	require.True(t, r.stored().Equal(before))
+}
+
+// list is an image whose parts come as given, whatever its description says.
+type list struct {
+	sim.Image
+	parts []*ota.ImagePart
+}
+
+func (l *list) Next(context.Context) (*ota.ImagePart, error) {
+	if len(l.parts) == 0 {
+		return nil, io.EOF
+	}
+	p := l.parts[0]
+	l.parts = l.parts[1:]
+	return p, nil
+}
+
+// An image that does not yield what it describes is refused, and what it yields
+// beside that is passed over.
+func TestPartsAgainstDescription(t *testing.T) {
+	part := func(name string) *ota.ImagePart {
+		b := sim.Content(2, name)
+		return &ota.ImagePart{PartInfo: ota.PartInfo{Name: name, Size: int64(len(b))}, Data: bytes.NewReader(b)}
+	}
+	other := part("app")
+	other.Name = "other"
+	longer := part("app")
+	longer.Size++
+	for name, tc := range map[string]struct {
+		parts []*ota.ImagePart
+		want  error
+	}{
+		"another order":  {[]*ota.ImagePart{part("fs"), part("app")}, nil},
+		"one more":       {[]*ota.ImagePart{part("app"), other, part("fs")}, nil},
+		"twice":          {[]*ota.ImagePart{part("app"), part("app"), part("fs")}, ota.ErrInvalid},
+		"another size":   {[]*ota.ImagePart{longer, part("fs")}, ota.ErrInvalid},
+		"one is missing": {[]*ota.ImagePart{part("app")}, ota.ErrIncomplete},
+		"none":           {nil, ota.ErrIncomplete},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, fileGeometry(), ota.Options{})
+			_, err := r.dev.Update(t.Context(), &list{Image: sim.Image{V: 2}, parts: tc.parts}, nil)
+			require.ErrorIs(t, err, tc.want)
+			require.Equal(t, tc.want != nil, r.state().Committed)
+		})
+	}
+}
+
+// A version that is too long is cut between characters.
+func TestLongVersion(t *testing.T) {
+	r := newRig(t, fileGeometry(), ota.Options{})
+	_, err := r.dev.Update(t.Context(), &sim.Image{V: 2, Mutate: func(i *ota.ImageInfo) {
+		i.Version = strings.Repeat("x", ota.MaxVersion-1) + "é"
+	}}, nil)
+	require.NoError(t, err)
+	require.Equal(t, strings.Repeat("x", ota.MaxVersion-1), r.stored().Slot(1).Version)
+}
+
+// flash has no optional methods but those that are given.
+type flash struct{ ota.Flash }
+
+// plainEraser is a flash with erase units of one size.
+type plainEraser struct {
+	flash
+	ota.Eraser
+	unit int64
+}
+
+func (f plainEraser) EraseSize() int64 { return f.unit }
+
+func TestEraseUnit(t *testing.T) {
+	f := memflash.New(memflash.Config{Size: 10 << 10, EraseSize: 2 << 10})
+	plain := plainEraser{flash{f}, f.(ota.Eraser), 4096}
+	for off, want := range map[int64][2]int64{0: {0, 4096}, 4095: {0, 4096}, 4096: {4096, 4096}, 8192: {8192, 2048}} {
+		start, n := ota.EraseUnit(plain, off)
+		require.Equal(t, want, [2]int64{start, n}, "at %d", off)
+	}
+	plain.unit = 0
+	for _, f := range []ota.Flash{plain, flash{f}} {
+		_, n := ota.EraseUnit(f, 5)
+		require.Zero(t, n)
+	}
+}
+
+// wayward is a flash that breaks its contract.
+type wayward struct {
+	flash
+	read, write func(p []byte, off int64) (int, error)
+}
+
+func (f wayward) ReadAt(p []byte, off int64) (int, error)  { return f.read(p, off) }
+func (f wayward) WriteAt(p []byte, off int64) (int, error) { return f.write(p, off) }
+
+// crooked has erase units that overlap.
+type crooked struct{ plainEraser }
+
+func (crooked) EraseUnit(off int64) (start, n int64) { return max(0, off-1), 4096 }
+
+// A flash that breaks its contract fails the update, and nothing else.
+func TestFlashBreaksItsContract(t *testing.T) {
+	for name, tc := range map[string]struct {
+		g    sim.Geometry
+		wrap func(ota.Flash) ota.Flash
+		want error
+	}{
+		"writes less": {fileGeometry(), func(f ota.Flash) ota.Flash {
+			return wayward{flash{f}, f.ReadAt, func(p []byte, off int64) (int, error) { return f.WriteAt(p[:len(p)-1], off) }}
+		}, io.ErrShortWrite},
+		"reads less": {fileGeometry(), func(f ota.Flash) ota.Flash {
+			return wayward{flash{f}, func(p []byte, off int64) (int, error) { return f.ReadAt(p[:len(p)-1], off) }, f.WriteAt}
+		}, io.ErrUnexpectedEOF},
+		"crooked units": {sim.Geometries()[0], func(f ota.Flash) ota.Flash {
+			return crooked{plainEraser{flash{f}, f.(ota.Eraser), 4096}}
+		}, ota.ErrInvalid},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, tc.g, ota.Options{})
+			r.install(2)
+			r.Slots[0].Parts[0].Flash = tc.wrap(r.Slots[0].Parts[0].Flash)
+			r.boot()
+			_, err := r.dev.Update(t.Context(), &sim.Image{V: 3}, nil)
+			require.ErrorIs(t, err, tc.want)
+			require.True(t, r.stored().Committed)
+		})
+	}
+}
+
+// A buffer smaller than a write unit is made as large.
+func TestSmallBuffer(t *testing.T) {
+	for _, g := range sim.Geometries() {
+		r := newRig(t, g, ota.Options{BufferSize: 1})
+		r.install(2)
+		require.Equal(t, 2, r.Identify(1), g.Name)
+	}
+}
