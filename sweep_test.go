@@ -428,8 +428,9 @@ func crashScenario(g sim.Geometry, sc scenario) crashtest.Scenario {
 	}}
 }
 
-// crash explores scenarios on geometries.
-func crash(t *testing.T, gs []sim.Geometry, scs []scenario, seeds int, faults ...crashtest.Modes) {
+// crash explores scenarios on geometries, and counts what it tried by the name of
+// what strikes.
+func crash(t *testing.T, what string, gs []sim.Geometry, scs []scenario, seeds int, faults ...crashtest.Modes) {
 	t.Helper()
 	defer debug.SetGCPercent(debug.SetGCPercent(800)) // many small short-lived devices
 	var all []crashtest.Scenario
@@ -438,7 +439,10 @@ func crash(t *testing.T, gs []sim.Geometry, scs []scenario, seeds int, faults ..
 			all = append(all, crashScenario(g, sc))
 		}
 	}
-	crashtest.Run(t, all, &crashtest.Options{Faults: faults, Seeds: seeds, Replay: *crashReplay})
+	r := crashtest.Run(t, all, &crashtest.Options{Faults: faults, Seeds: seeds, Replay: *crashReplay})
+	if len(r.Runs) > 0 {
+		t.Logf("%s: %d on %d geometries", what, r.Runs[len(r.Runs)-1], len(gs))
+	}
 }
 
 // first returns the first n of s, as many as there is time for; one in short
@@ -473,14 +477,14 @@ func TestPowerCutSweep(t *testing.T) {
 		}
 	}
 	cached, direct = first(cached, len(cached)), first(direct, len(direct))
-	t.Run("direct", func(t *testing.T) { crash(t, direct, scenarios(), seeds, cuts) })
-	t.Run("cached", func(t *testing.T) { crash(t, cached, scenarios(), seeds, memflash.TearModes) })
+	t.Run("direct", func(t *testing.T) { crash(t, "single power cuts", direct, scenarios(), seeds, cuts) })
+	t.Run("cached", func(t *testing.T) { crash(t, "single power cuts", cached, scenarios(), seeds, memflash.TearModes) })
 }
 
 // So does an operation that fails, once or from then on, or that does nothing
 // and says nothing.
 func TestFaultSweep(t *testing.T) {
-	crash(t, first(sim.Geometries(), 3), scenarios(), 1, func(seed uint64) []memflash.Fault {
+	crash(t, "I/O errors of writes, erasures and syncs", first(sim.Geometries(), 3), scenarios(), 1, func(seed uint64) []memflash.Fault {
 		return []memflash.Fault{
 			{Kind: memflash.Fail, Seed: seed},
 			{Kind: memflash.Fail, Seed: seed, Forever: true},
@@ -492,7 +496,7 @@ func TestFaultSweep(t *testing.T) {
 
 // So does a read that fails, once or from then on.
 func TestReadFaultSweep(t *testing.T) {
-	crash(t, first(sim.Geometries(), 1), scenarios(), 1, func(seed uint64) []memflash.Fault {
+	crash(t, "I/O errors of reads", first(sim.Geometries(), 1), scenarios(), 1, func(seed uint64) []memflash.Fault {
 		return []memflash.Fault{
 			{Kind: memflash.Fail, On: memflash.OpRead, Seed: seed},
 			{Kind: memflash.Fail, On: memflash.OpRead, Seed: seed, Forever: true},
@@ -509,18 +513,34 @@ func tears(seed uint64) []memflash.Fault {
 	}, 1)
 }
 
+// losses are tears that a cache makes worse.
+func losses(seed uint64) []memflash.Fault {
+	return []memflash.Fault{
+		{Kind: memflash.CutBits, Seed: seed, Loss: memflash.LoseSome},
+		{Kind: memflash.CutAfter, Seed: seed, Loss: memflash.LoseAll},
+	}
+}
+
 // A second power cut, at any place after the first, changes nothing.
 func TestPairSweep(t *testing.T) {
 	scs := scenarios()
 	for i := range scs {
 		scs[i].update = true
 	}
-	crash(t, sim.Geometries()[:1], first(scs, 2), 1, tears, tears)
+	gs := sim.Geometries()
+	const what = "pairs of power cuts"
+	// Pages that are erased to 0x00, units of several sizes; and a cache.
+	t.Run("direct", func(t *testing.T) {
+		crash(t, what, first([]sim.Geometry{gs[0], gs[2]}, 1), first(scs, 2), 1, tears, tears)
+	})
+	t.Run("cached", func(t *testing.T) {
+		crash(t, what, first([]sim.Geometry{gs[4], gs[1]}, 1), first(scs, 1), 1, losses, losses)
+	})
 }
 
 // Nor does a third one where only the boot state is written.
 func TestTripleSweep(t *testing.T) {
-	crash(t, sim.Geometries()[:1], first(recordScenarios(), 1), 1, tears, tears, tears)
+	crash(t, "triples of power cuts", sim.Geometries()[:1], first(recordScenarios(), 1), 1, tears, tears, tears)
 }
 
 // A run can be repeated: equal faults leave equal bytes.
