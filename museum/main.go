@@ -105,6 +105,7 @@ type exhibit struct {
 	changes             []change
 
 	verdict string
+	by      string // the first test that failed
 	output  string
 	took    time.Duration
 }
@@ -248,11 +249,16 @@ func (x *exhibit) test(ctx context.Context, dir string) {
 		x.verdict = survived
 	case errors.As(err, &exit) && !strings.Contains(x.output, "[build failed]") && !strings.Contains(x.output, "[setup failed]"):
 		x.verdict = dead
+		if m := failed.FindStringSubmatch(x.output); m != nil {
+			x.by = " (" + m[1] + ")"
+		}
 	default:
 		x.verdict = broken
 		x.output += err.Error()
 	}
 }
+
+var failed = regexp.MustCompile(`(?m)^--- FAIL: (\w+)`)
 
 // print reports the verdict in one line, and what the tests said if it is bad.
 func (x *exhibit) print(verbose bool) {
@@ -261,7 +267,7 @@ func (x *exhibit) print(verbose bool) {
 	if verdict == survived && x.equivalent != "" {
 		verdict = "equivalent"
 	}
-	fmt.Fprintf(&b, "%-10s %-34s %4.1fs  %s\n", verdict, x.name, x.took.Seconds(), x.story)
+	fmt.Fprintf(&b, "%-10s %-34s %4.1fs  %s%s\n", verdict, x.name, x.took.Seconds(), x.story, x.by)
 	if verbose || verdict == survived || verdict == broken {
 		out := x.output
 		if len(out) > 3000 {
