@@ -136,31 +136,33 @@ func (u untilDone) Read([]byte) (int, error) {
 
 // The erasure of a large part is reported on, and can be given up.
 func TestEraseGivenUp(t *testing.T) {
-	const size = 8 << 20
-	g := sim.Geometries()[0]
-	g.App = memflash.Config{Size: size, EraseSize: 4 << 10}
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	r := newRig(t, g, ota.Options{OnEvent: func(e ota.Event) {
-		if e.Phase == ota.PhaseErasing && e.Part == "app" {
-			cancel()
-		}
-	}})
-	erased := int64(0)
-	r.Chip.OnOp(func(op memflash.Op) {
-		if op.Kind == memflash.OpErase && op.Flash == 2 {
-			erased += op.Len
-		}
-	})
-	large := make([]byte, size)
-	_, err := r.dev.Update(ctx, &sim.Image{
-		V:      2,
-		Mutate: func(i *ota.ImageInfo) { i.Parts[0].Size, i.Parts[0].SHA256 = size, ptr(sha256.Sum256(large)) },
-		Wrap:   func(string, io.Reader) io.Reader { return bytes.NewReader(large) },
-	}, nil)
-	require.ErrorIs(t, err, context.Canceled)
-	require.Positive(t, erased)
-	require.Less(t, erased, int64(size/2))
+	for _, unit := range []int64{4 << 10, 192 << 10} {
+		size := 40 * (192 << 10)
+		g := sim.Geometries()[0]
+		g.App = memflash.Config{Size: int64(size), EraseSize: unit}
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		r := newRig(t, g, ota.Options{OnEvent: func(e ota.Event) {
+			if e.Phase == ota.PhaseErasing && e.Part == "app" {
+				cancel()
+			}
+		}})
+		erased := int64(0)
+		r.Chip.OnOp(func(op memflash.Op) {
+			if op.Kind == memflash.OpErase && op.Flash == 2 {
+				erased += op.Len
+			}
+		})
+		large := make([]byte, size)
+		_, err := r.dev.Update(ctx, &sim.Image{
+			V:      2,
+			Mutate: func(i *ota.ImageInfo) { i.Parts[0].Size, i.Parts[0].SHA256 = int64(size), ptr(sha256.Sum256(large)) },
+			Wrap:   func(string, io.Reader) io.Reader { return bytes.NewReader(large) },
+		}, nil)
+		require.ErrorIs(t, err, context.Canceled)
+		require.Positive(t, erased)
+		require.Less(t, erased, int64(size/2))
+	}
 }
 
 func TestRegionRefuses(t *testing.T) {
