@@ -6,6 +6,16 @@
 // The model is written from the documentation of package ota. It knows nothing
 // of records, digests and flash operations: an operation is a short list of
 // states, each of which is stored as a whole or not at all.
+//
+// What was promised (a trial that is over does not run, no more boots than tries,
+// the floor does not fall, only what was committed runs as committed, nothing
+// selected is written) takes Machine some sixty lines, apart from the model:
+// handedOver, done, watchWrites. The model is larger than that because it says
+// more: every state that an operation passes through, so that a cut anywhere can
+// be judged; every refusal, each with its error and in the order in which several
+// apply, as callers get to see them; which slot is written, and what is found in
+// place; the outcome and its reason. The tests of linearizability need as much:
+// an answer that may be one of several fits nearly any order of the calls.
 package statemachine
 
 import (
