@@ -27,6 +27,10 @@ type ImageInfo struct {
 	// Security is the security version: a number that grows when older
 	// firmware must not be installed any more.
 	Security uint64
+	// SecurityStep is by how much Security may exceed the floor that the device
+	// has stored, as those who signed the image bind themselves; 0 means no
+	// bound. That of [Options] holds beside it.
+	SecurityStep uint64
 	// Parts lists every part that the image holds, in no particular order.
 	Parts []PartInfo
 	// SignedBy names the keys whose signatures were verified.

@@ -495,8 +495,11 @@ func (d *Device) admit(s BootState, info *ImageInfo) error {
 		return fmt.Errorf("image of %s, device is %s: %w", Quote(info.Name), Quote(d.o.Product), ErrProduct)
 	case info.Security < s.Floor:
 		return fmt.Errorf("security version %d, need %d: %w", info.Security, s.Floor, ErrRollback)
-	case d.o.SecurityStep != 0 && info.Security-s.Floor > d.o.SecurityStep:
-		return fmt.Errorf("security version %d, floor %d, step at most %d: %w", info.Security, s.Floor, d.o.SecurityStep, ErrStep)
+	}
+	for _, step := range []uint64{d.o.SecurityStep, info.SecurityStep} {
+		if step != 0 && info.Security-s.Floor > step {
+			return fmt.Errorf("security version %d, floor %d, step at most %d: %w", info.Security, s.Floor, step, ErrStep)
+		}
 	}
 	for i, p := range info.Parts {
 		if info.part(p.Name) != &info.Parts[i] {

@@ -215,6 +215,7 @@ func TestUpdateRefusals(t *testing.T) {
 		"product":                {img: sim.Image{V: 3, Mutate: func(i *ota.ImageInfo) { i.Name = "other" }}, want: ota.ErrProduct},
 		"security version":       {img: sim.Image{V: 1}, want: ota.ErrRollback},
 		"security step":          {img: sim.Image{V: 8}, want: ota.ErrStep},
+		"step of the signers":    {img: sim.Image{V: 3, Mutate: func(i *ota.ImageInfo) { i.Security += 2; i.SecurityStep = 2 }}, want: ota.ErrStep},
 		"no space":               {img: sim.Image{V: 3, Mutate: big}, want: ota.ErrTooLarge},
 		"4 GiB":                  {img: sim.Image{V: 3, Mutate: func(i *ota.ImageInfo) { i.Parts[1].Size = 1 << 32 }}, want: ota.ErrTooLarge},
 		"largest size":           {img: sim.Image{V: 3, Mutate: func(i *ota.ImageInfo) { i.Parts[1].Size = 1<<63 - 1 }}, want: ota.ErrTooLarge},
