@@ -14,8 +14,10 @@ import (
 	"io"
 	"math/bits"
 	"slices"
+	"time"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/bundle/trust"
 	"github.com/slotota/ota/internal/strictjson"
 )
 
@@ -37,6 +39,15 @@ type Policy struct {
 	// Threshold is how many different keys must have valid signatures. If it
 	// and Required are 0, all Keys must have.
 	Threshold int
+
+	// Trust names the release keys of which enough must have signed the note. It
+	// also sets the lowest security version, and SecurityStep of what Info of the
+	// [Reader] returns. nil leaves all of that out.
+	Trust *trust.Anchor
+	// Clock returns the time, and whether it can be trusted. With it, nothing is
+	// accepted on account of Trust once that has expired; while it is nil or
+	// returns false, expiry is not looked at.
+	Clock func() (now time.Time, ok bool)
 
 	// AllowUnsigned accepts bundles that have none of the signatures above,
 	// or too few of them. One that is present and wrong is refused even then.
@@ -131,7 +142,7 @@ func (p *Policy) check() error {
 		}
 	}
 	switch {
-	case all == 0 && !p.AllowUnsigned:
+	case all == 0 && p.Trust == nil && !p.AllowUnsigned:
 		return because(ErrPolicy, "no keys, and unsigned bundles are not allowed")
 	case need&^all != 0:
 		return because(ErrPolicy, "a signature is required that there is no key for")
@@ -143,6 +154,13 @@ func (p *Policy) check() error {
 		return because(ErrPolicy, "SHA-1 is for unsigned bundles, which are not allowed")
 	case p.MaxManifest < 0 || p.MaxManifest > maxManifest || p.MaxSize < 0:
 		return because(ErrPolicy, "a limit is out of range")
+	case p.Trust != nil && !p.AllowTestKeys:
+		r := p.Trust.Record()
+		for _, k := range slices.Concat(r.Root.Keys, r.Release.Keys) {
+			if k.Published() {
+				return because(ErrPolicy, "trusted key %s: its private half is published; it is for tests only", k.ID())
+			}
+		}
 	}
 	return nil
 }
@@ -157,7 +175,79 @@ func (p *Policy) need(all uint8) uint8 {
 
 // verify checks the signatures of a manifest. It returns the names of the
 // signers, none if the bundle passes as unsigned.
-func (p *Policy) verify(manifest []byte, sigs *[MaxKeys]string) (signers []string, err error) {
+func (p *Policy) verify(manifest []byte, have *signatures) (signers []string, err error) {
+	type check func([]byte, *signatures) ([]string, error)
+	var checks []check
+	if slices.ContainsFunc(p.Keys, func(k *ecdsa.PublicKey) bool { return k != nil }) {
+		checks = append(checks, p.verifySigs)
+	}
+	if p.Trust != nil {
+		checks = append(checks, p.verifyNote)
+	}
+	var missing error
+	if len(checks) == 0 {
+		missing = because(ErrUnsigned, "nobody is trusted")
+	}
+	for _, c := range checks {
+		by, err := c(manifest, have)
+		if err != nil && !errors.Is(err, ErrUnsigned) {
+			return nil, err
+		}
+		if missing == nil {
+			missing = err
+		}
+		signers = append(signers, by...)
+	}
+	if missing == nil && len(signers) > 0 {
+		return signers, nil
+	}
+	if p.AllowUnsigned {
+		return nil, nil
+	}
+	return nil, missing
+}
+
+// verifyNote checks the note. Errors wrap ErrUnsigned if there is none, or if it
+// proves too little; ErrSignature if there is something wrong with it.
+func (p *Policy) verifyNote(manifest []byte, have *signatures) (signers []string, err error) {
+	if have.note == nil {
+		return nil, because(ErrUnsigned, "no note")
+	}
+	keys, err := p.Trust.VerifyManifest(manifest, have.note)
+	if errors.Is(err, trust.ErrUnsigned) {
+		return nil, because(ErrUnsigned, "%w", err)
+	}
+	if err != nil {
+		return nil, because(ErrSignature, "%w", err)
+	}
+	if p.Clock != nil {
+		if now, ok := p.Clock(); ok {
+			if err := p.Trust.Expired(now); err != nil {
+				return nil, because(ErrUnsigned, "%w", err)
+			}
+		}
+	}
+	for _, k := range keys {
+		signers = append(signers, "note "+k.ID())
+	}
+	return signers, nil
+}
+
+// bound applies what the trust record says about security versions.
+func (p *Policy) bound(info *ota.ImageInfo) error {
+	if p.Trust == nil {
+		return nil
+	}
+	r := p.Trust.Record()
+	if info.Security < r.SecurityMin {
+		return because(ota.ErrRollback, "security version %d, the trust record demands %d", info.Security, r.SecurityMin)
+	}
+	info.SecurityStep = r.SecurityStep
+	return nil
+}
+
+// verifySigs checks sig0 to sig7, in the same way.
+func (p *Policy) verifySigs(manifest []byte, have *signatures) (signers []string, err error) {
 	sum := sha256.Sum256(manifest)
 	var all, good uint8
 	distinct := map[string]bool{}
@@ -167,10 +257,10 @@ func (p *Policy) verify(manifest []byte, sigs *[MaxKeys]string) (signers []strin
 			continue
 		}
 		all |= 1 << i
-		if sigs[i] == "" {
+		if have.sig[i] == "" {
 			continue
 		}
-		der, err := base64.StdEncoding.Strict().DecodeString(sigs[i])
+		der, err := base64.StdEncoding.Strict().DecodeString(have.sig[i])
 		if err != nil || !ecdsa.VerifyASN1(k, sum[:], der) {
 			bad = because(ErrSignature, "sig%d", i)
 			continue
@@ -189,8 +279,6 @@ func (p *Policy) verify(manifest []byte, sigs *[MaxKeys]string) (signers []strin
 		return signers, nil
 	case bad != nil:
 		return nil, bad
-	case p.AllowUnsigned:
-		return nil, nil
 	}
 	return nil, because(ErrUnsigned, "required %#02x and at least %d keys, valid %#02x", need, max(p.Threshold, 1), good)
 }
@@ -198,8 +286,19 @@ func (p *Policy) verify(manifest []byte, sigs *[MaxKeys]string) (signers []strin
 // extraID marks the extra field that carries signatures.
 const extraID = 0x293a
 
-// parseExtra reads the content of that field: a JSON object.
-func parseExtra(b []byte, sigs *[MaxKeys]string) (attrs []strictjson.Member, err error) {
+// signatures are the signatures in the extra field.
+type signatures struct {
+	sig  [MaxKeys]string // base64 of DER, or ""
+	note []byte          // nil if there is none
+}
+
+// noteName is the member that holds the note.
+const noteName = "note"
+
+// parseExtra reads the content of that field: a JSON object. A member "note" that
+// does not begin as a note about a manifest does is an attribute: mos users have
+// such ones.
+func parseExtra(b []byte, have *signatures) (attrs []strictjson.Member, err error) {
 	if err := strictjson.Check(b); err != nil {
 		return nil, because(ErrFormat, "extra field: %w", err)
 	}
@@ -210,13 +309,17 @@ func parseExtra(b []byte, sigs *[MaxKeys]string) (attrs []strictjson.Member, err
 	for _, m := range ms {
 		i := slices.Index(sigNames, m.Name)
 		if i < 0 {
-			if err := variant(m.Name, sigNames); err != nil {
+			if text, err := strictjson.String(m.Value); m.Name == noteName && err == nil && trust.IsManifestNote([]byte(text)) {
+				have.note = []byte(text)
+				continue
+			}
+			if err := variant(m.Name, sigNames, noteName); err != nil {
 				return nil, because(ErrFormat, "extra field: %w", err)
 			}
 			attrs = append(attrs, m)
 			continue
 		}
-		if sigs[i], err = strictjson.String(m.Value); err == nil && sigs[i] == "" {
+		if have.sig[i], err = strictjson.String(m.Value); err == nil && have.sig[i] == "" {
 			err = errors.New("empty")
 		}
 		if err != nil {

@@ -94,13 +94,13 @@ func open(ctx context.Context, rd io.Reader, p *Policy) (*Reader, error) {
 	}
 
 	// The signature first: nobody else's JSON is looked at.
-	var sigs [MaxKeys]string
+	var have signatures
 	x, err := e.signatures()
 	if err != nil {
 		return nil, r.fail(e, err)
 	}
 	if x != nil {
-		attrs, err := parseExtra(x, &sigs)
+		attrs, err := parseExtra(x, &have)
 		if err != nil {
 			return nil, r.fail(e, err)
 		}
@@ -109,7 +109,7 @@ func open(ctx context.Context, rd io.Reader, p *Policy) (*Reader, error) {
 			r.attrs[a.Name] = a.Value
 		}
 	}
-	signers, err := p.verify(raw, &sigs)
+	signers, err := p.verify(raw, &have)
 	if err != nil {
 		return nil, r.fail(e, err)
 	}
@@ -153,6 +153,9 @@ func (r *Reader) describe(p *Policy, signers []string) error {
 	r.info = ota.ImageInfo{
 		Name: m.Name, Platform: m.Platform, Version: m.Version, BuildID: m.BuildID,
 		Security: m.Security, SignedBy: signers, Unsigned: len(signers) == 0,
+	}
+	if err := p.bound(&r.info); err != nil {
+		return err
 	}
 	var total int64 // of at most 64 sizes of 32 bits
 	for i := range m.Parts {

@@ -6,8 +6,10 @@ import (
 	"crypto"
 	"encoding/base64"
 	"io"
+	"slices"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/bundle/trust"
 	"github.com/slotota/ota/internal/strictjson"
 )
 
@@ -16,11 +18,11 @@ import (
 // Errors wrap [ErrFormat] or [ErrSignature].
 func Signatures(extra []byte) ([MaxKeys][]byte, error) {
 	var der [MaxKeys][]byte
-	var sigs [MaxKeys]string
-	if _, err := parseExtra(extra, &sigs); err != nil {
+	var have signatures
+	if _, err := parseExtra(extra, &have); err != nil {
 		return der, &Error{Entry: ManifestName, Off: -1, Err: err}
 	}
-	for i, s := range sigs {
+	for i, s := range have.sig {
 		b, err := base64.StdEncoding.Strict().DecodeString(s)
 		if err != nil {
 			return der, &Error{Entry: ManifestName, Off: -1, Err: because(ErrSignature, "sig%d", i)}
@@ -32,21 +34,55 @@ func Signatures(extra []byte) ([MaxKeys][]byte, error) {
 	return der, nil
 }
 
-// Resign copies the bundle f to w, with signatures added or replaced: that of
-// index i by keys[i]; those where keys has nil or nothing stay. All else keeps its
-// bytes, the manifest above all, so that the signatures of others stay valid.
+// Note returns the note in the content of extra field 0x293a of a manifest's entry,
+// nil if there is none. Nothing about it is verified. Errors are those of [Signatures].
+func Note(extra []byte) (*trust.Note, error) {
+	var have signatures
+	_, err := parseExtra(extra, &have)
+	if err == nil && have.note == nil {
+		return nil, nil
+	}
+	var n *trust.Note
+	if err == nil {
+		if n, err = trust.ParseNote(have.note); err != nil {
+			err = because(ErrSignature, "%w", err)
+		}
+	}
+	if err != nil {
+		return nil, &Error{Entry: ManifestName, Off: -1, Err: err}
+	}
+	return n, nil
+}
+
+// ResignOptions say what [Resign] changes. What they do not name stays.
+type ResignOptions struct {
+	// Keys are as in [WriteOptions].
+	Keys []crypto.Signer
+	// NoteKeys add their signatures to the note, which is made if there is none.
+	NoteKeys []*trust.Signer
+	// NoteLines are signatures of the note that were made elsewhere, over
+	// [trust.ManifestText]. They are not verified.
+	NoteLines []trust.Signature
+	// Remove removes signatures, before any are added: sig0 to sig7, and those of
+	// the note by the name or [trust.Key.ID] of their keys.
+	Remove []string
+}
+
+// Resign copies the bundle f to w, with other signatures. All else keeps its bytes,
+// the manifest above all, so that the signatures of others stay valid. Only a note
+// about another manifest is left out, as a tool may leave one behind that writes a
+// manifest anew.
 //
 // f is verified first, in the way of [Policy.Verify] without keys, and must have a
 // SHA-256 for every part. Errors are of type [*Error]. f must not change meanwhile.
-func Resign(ctx context.Context, w io.Writer, f File, keys []crypto.Signer) error {
+func Resign(ctx context.Context, w io.Writer, f File, o *ResignOptions) error {
 	size := f.Size()
 	r, err := (&Policy{AllowUnsigned: true}).Verify(ctx, io.NewSectionReader(f, 0, size))
 	if err != nil {
 		return err
 	}
-	o := WriteOptions{Keys: keys, Attrs: r.Attrs()}
 	first := r.entries[0]
-	members, err := o.resigned(first, r.m.Raw())
+	members, err := o.resigned(first, r)
 	if err != nil {
 		return &Error{Entry: ManifestName, Off: -1, Err: err}
 	}
@@ -108,39 +144,72 @@ func Resign(ctx context.Context, w io.Writer, f File, keys []crypto.Signer) erro
 // onlyWriter hides ReadFrom of a file, which would go past the buffer.
 type onlyWriter struct{ io.Writer }
 
-// resigned returns the extra field of the manifest's entry e, with the signatures
-// of o, and those of e where o has none.
-func (o *WriteOptions) resigned(e *entry, manifest []byte) ([]byte, error) {
-	var sigs [MaxKeys]string
+// resigned returns the extra field of the manifest's entry e of r, with the changes
+// of o.
+func (o *ResignOptions) resigned(e *entry, r *Reader) ([]byte, error) {
+	if o == nil {
+		o = &ResignOptions{}
+	}
+	var have signatures
 	x, err := e.signatures()
 	if err != nil {
 		return nil, err
 	}
 	if x != nil {
-		if _, err := parseExtra(x, &sigs); err != nil {
+		if _, err := parseExtra(x, &have); err != nil {
 			return nil, err
 		}
 	}
-	signed := false
-	for _, k := range o.Keys {
-		signed = signed || k != nil
+	n := &trust.Note{Text: trust.ManifestText(r.m.Raw())}
+	if have.note != nil {
+		old, err := trust.ParseNote(have.note)
+		if err == nil && old.Text == n.Text {
+			n = old
+		}
 	}
-	if !signed {
+	for _, name := range o.Remove {
+		i := slices.Index(sigNames, name)
+		if i >= 0 && have.sig[i] != "" {
+			have.sig[i] = ""
+		} else if !n.Remove(name) {
+			return nil, because(ErrPolicy, "no signature of %s to be removed", ota.Quote(name))
+		}
+	}
+	n.Add(o.NoteLines...)
+	if err := n.Sign(o.NoteKeys...); err != nil {
+		return nil, because(ErrSignature, "%w", err)
+	}
+	if _, err := trust.ParseNote(n.Bytes()); err != nil {
+		return nil, because(ErrSignature, "%w", err) // a line that is none
+	}
+	if len(o.NoteKeys)+len(o.NoteLines)+len(o.Remove) == 0 && !slices.ContainsFunc(o.Keys, func(k crypto.Signer) bool { return k != nil }) {
 		return nil, because(ErrPolicy, "no key to sign with")
 	}
-	fresh, err := o.extra(manifest)
+	fresh, err := (&WriteOptions{Keys: o.Keys, Attrs: r.Attrs()}).extra(r.m.Raw())
 	if err != nil {
 		return nil, err
 	}
-	members, err := strictjson.Members(fresh[4:])
-	if err != nil {
-		return nil, because(ErrFormat, "%w", err)
+	var all object
+	if fresh != nil {
+		ms, err := strictjson.Members(fresh[4:])
+		if err != nil {
+			return nil, because(ErrFormat, "%w", err)
+		}
+		all = ms
 	}
-	all := object(members)
-	for i, s := range sigs {
+	for i, s := range have.sig {
 		if s != "" && (i >= len(o.Keys) || o.Keys[i] == nil) {
 			all.set(sigNames[i], quote(s))
 		}
+	}
+	if len(n.Signatures) > 0 {
+		if r.Attrs()[noteName] != nil {
+			return nil, because(ErrFormat, "the attribute %q is where the note goes", noteName)
+		}
+		all.set(noteName, quote(string(n.Bytes())))
+	}
+	if len(all) == 0 {
+		return nil, nil
 	}
 	all.sort(nil)
 	body := all.marshal()

@@ -19,7 +19,7 @@ import (
 
 func resign(t *testing.T, b []byte, keys ...crypto.Signer) []byte {
 	var out bytes.Buffer
-	require.NoError(t, bundle.Resign(t.Context(), &out, bytes.NewReader(b), keys))
+	require.NoError(t, bundle.Resign(t.Context(), &out, bytes.NewReader(b), &bundle.ResignOptions{Keys: keys}))
 	return out.Bytes()
 }
 
@@ -111,7 +111,7 @@ func TestResignRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var out bytes.Buffer
-			err := bundle.Resign(t.Context(), &out, bytes.NewReader(c.b), c.keys)
+			err := bundle.Resign(t.Context(), &out, bytes.NewReader(c.b), &bundle.ResignOptions{Keys: c.keys})
 			require.ErrorIs(t, err, c.err)
 			var be *bundle.Error
 			require.ErrorAs(t, err, &be)

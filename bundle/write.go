@@ -17,6 +17,7 @@ import (
 	"slices"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/bundle/trust"
 )
 
 // File is the content of an entry to be written, such as a *bytes.Reader or an
@@ -34,8 +35,12 @@ type WriteOptions struct {
 	// wraps [ErrHeaderTooLong]. Signatures by an *ecdsa.PrivateKey are
 	// deterministic (RFC 6979).
 	Keys []crypto.Signer
+	// NoteKeys sign the note. The same space has room for three signatures
+	// altogether then: three of keys with names of 18 bytes on average, or two
+	// and one of Keys, or one and two.
+	NoteKeys []*trust.Signer
 	// Attrs are further members of the extra field that carries signatures.
-	// No signature covers them.
+	// No signature covers them. "note" is not for them if NoteKeys are given.
 	Attrs map[string]json.RawMessage
 	// Dir is the leading directory of all names, such as "app-1.0", without a
 	// slash. Bundles of the Mongoose OS build system have one, those of its
@@ -214,6 +219,16 @@ func (o *WriteOptions) extra(manifest []byte) ([]byte, error) {
 		}
 		members.set(sigNames[i], quote(base64.StdEncoding.EncodeToString(sig)))
 	}
+	if o.Attrs[noteName] != nil && len(o.NoteKeys) > 0 {
+		return nil, because(ErrFormat, "the attribute %q is where the note goes", noteName)
+	}
+	if len(o.NoteKeys) > 0 {
+		n := trust.Note{Text: trust.ManifestText(manifest)}
+		if err := n.Sign(o.NoteKeys...); err != nil {
+			return nil, because(ErrSignature, "%w", err)
+		}
+		members.set(noteName, quote(string(n.Bytes())))
+	}
 	if len(members) == 0 {
 		return nil, nil
 	}
@@ -222,8 +237,12 @@ func (o *WriteOptions) extra(manifest []byte) ([]byte, error) {
 	if err := json.Compact(&body, members.marshal()); err != nil {
 		return nil, because(ErrFormat, "attributes: %w", err)
 	}
-	if _, err := parseExtra(body.Bytes(), new([MaxKeys]string)); err != nil {
+	var have signatures
+	if _, err := parseExtra(body.Bytes(), &have); err != nil {
 		return nil, err
+	}
+	if have.note != nil && len(o.NoteKeys) == 0 {
+		return nil, because(ErrFormat, "the attribute %q is a note, perhaps of another manifest", noteName)
 	}
 	if body.Len() > maxCentral {
 		return nil, because(ErrHeaderTooLong, "%d bytes of signatures and attributes", body.Len())

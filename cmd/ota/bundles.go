@@ -436,7 +436,7 @@ func sign(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 			*out = args[0]
 		}
 		err = e.writeFile(*out, func(w io.Writer) error {
-			return bundle.Resign(ctx, w, io.NewSectionReader(a.f, 0, a.size), k)
+			return bundle.Resign(ctx, w, io.NewSectionReader(a.f, 0, a.size), &bundle.ResignOptions{Keys: k})
 		})
 		if err != nil || *out == "-" {
 			return err
