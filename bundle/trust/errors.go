@@ -25,7 +25,7 @@ var (
 
 	// ErrSignature is about a line that names a key that counts, but whose
 	// signature is wrong.
-	ErrSignature error = &sentinel{"a signature is wrong", ota.ErrUnverified}
+	ErrSignature error = &sentinel{"the signature does not verify", ota.ErrUnverified}
 	// ErrText is about a note that names another manifest.
 	ErrText error = &sentinel{"the note is about another manifest", ota.ErrUnverified}
 	// ErrUnsigned is about too few valid signatures.
@@ -41,5 +41,5 @@ var (
 
 // because adds the particulars to a sentinel.
 func because(sentinel error, format string, args ...any) error {
-	return fmt.Errorf("trust: %w: "+format, append([]any{sentinel}, args...)...)
+	return fmt.Errorf("%w: "+format, append([]any{sentinel}, args...)...)
 }

@@ -230,7 +230,7 @@ func (s *Signer) KeyHash() uint32 { return s.key.hash }
 func (s *Signer) Sign(msg []byte) ([]byte, error) {
 	sig, err := s.sign.Sign(nil, msg, crypto.Hash(0))
 	if err != nil {
-		return nil, fmt.Errorf("trust: key %s: %w", s.key.ID(), err)
+		return nil, fmt.Errorf("key %s: %w", s.key.ID(), err)
 	}
 	if !s.key.Verify(msg, sig) {
 		return nil, because(ErrSignature, "key %s has made one that it does not verify", s.key.ID())

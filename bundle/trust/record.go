@@ -203,7 +203,7 @@ func (p *parser) role(name string) (r Role) {
 		}
 		k, err := ParseKey(p.value("key"))
 		if err != nil {
-			p.fail(err)
+			p.fail(because(ErrRecord, "%w", err))
 		}
 		r.Keys = append(r.Keys, k)
 	}

@@ -25,16 +25,28 @@ import (
 
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/bundle"
+	"github.com/slotota/ota/bundle/trust"
 )
 
 func keygen(fs *flag.FlagSet) func(context.Context, *env, []string) error {
-	out := fs.String("o", "", "`file` for the private key; the public one gets .pub.pem in place of .pem")
+	out := fs.String("o", "", "`file` for the private key; the public one gets .pub.pem in place of .pem, or .pub in place of .key")
+	kind := fs.String("type", "ecdsa", "`kind` of the key: ecdsa, which Mongoose OS knows, or note, for signed notes and trust records")
+	name := fs.String("name", "", "`name` of a key of type note, such as release-2026")
+	public := fs.String("public", "", "the key is kept elsewhere: write only the public key, from this PEM `file`, in the form of type note")
 	return func(_ context.Context, e *env, args []string) error {
 		if err := want(args, 0, 0); err != nil {
 			return err
 		}
 		if *out == "" {
 			return usagef("need -o FILE")
+		}
+		switch {
+		case *kind == "note":
+			return e.keygenNote(*out, *name, *public)
+		case *kind != "ecdsa":
+			return usagef("-type: %s: need ecdsa or note", ota.Quote(*kind))
+		case *name != "" || *public != "":
+			return usagef("-name and -public go with -type note")
 		}
 		public := strings.TrimSuffix(*out, ".pem") + ".pub.pem"
 		for _, name := range []string{*out, public} {
@@ -76,6 +88,7 @@ type creation struct {
 	out, from, dir, prefix string
 	parts, remove          list
 	sign, attr, extraAttr  list
+	note                   list
 	asJSON                 bool
 
 	m     bundle.Manifest
@@ -94,6 +107,7 @@ func create(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 	fs.Var(&c.parts, "part", "add or change a part: `NAME=FILE[,PROPERTY=VALUE...]`")
 	fs.Var(&c.remove, "remove", "leave out the part `name`")
 	fs.Var(&c.sign, "sign", "sign with this private key: `[INDEX=]FILE`")
+	fs.Var(&c.note, "note", "sign with this Ed25519 private key, as of ota keygen -type note: `FILE`")
 	fs.Var(&c.attr, "attr", "member of the manifest: `NAME=VALUE`")
 	fs.Var(&c.extraAttr, "extra-attr", "member beside the signatures, which none of them covers: `NAME=VALUE`")
 	fs.StringVar(&m.Name, "name", "", "product `name`")
@@ -203,7 +217,7 @@ func (c *creation) fromBundle(ctx context.Context, e *env) error {
 	if c.prefix == "" {
 		c.prefix = strings.TrimSuffix(a.dir(), "/")
 	}
-	if slices.ContainsFunc(a.sigs[:], func(s []byte) bool { return s != nil }) && len(c.sign) == 0 {
+	if a.signed() && len(c.sign)+len(c.note) == 0 {
 		e.notef("the manifest is written anew, so the signatures of %s are left out", c.from)
 	}
 	c.files, err = a.files()
@@ -356,6 +370,10 @@ func (c *creation) write(ctx context.Context, e *env) error {
 	if err != nil {
 		return err
 	}
+	noteKeys, err := noteKeys(c.note)
+	if err != nil {
+		return err
+	}
 	// Everything is read twice.
 	bar := e.bar("create")
 	defer bar.end()
@@ -371,7 +389,7 @@ func (c *creation) write(ctx context.Context, e *env) error {
 	var size int64
 	err = e.writeFile(c.out, func(w io.Writer) error {
 		n := counter{w: io.MultiWriter(w, sum)}
-		err := bundle.Write(ctx, &n, &c.m, c.files, &bundle.WriteOptions{Keys: keys, Attrs: c.attrs, Dir: c.prefix})
+		err := bundle.Write(ctx, &n, &c.m, c.files, &bundle.WriteOptions{Keys: keys, NoteKeys: noteKeys, Attrs: c.attrs, Dir: c.prefix})
 		size = n.n
 		return err
 	})
@@ -395,7 +413,7 @@ func (c *creation) write(ctx context.Context, e *env) error {
 	default:
 		e.printf("%s  %d bytes  sha256 %s\n", res.File, res.Size, res.SHA256)
 	}
-	if len(c.sign) == 0 {
+	if len(c.sign)+len(c.note) == 0 {
 		e.notef("hint: it is not signed; ota sign -key KEY does that")
 	}
 	return nil
@@ -414,34 +432,47 @@ func (c *counter) Write(p []byte) (int, error) {
 
 func sign(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 	var keys list
-	fs.Var(&keys, "key", "private key: `[INDEX=]FILE`")
+	var note noteFlags
+	fs.Var(&keys, "key", "P-256 private key: `[INDEX=]FILE`")
+	note.define(fs)
 	out := fs.String("o", "", "write this `file` in place of changing the bundle")
 	return func(ctx context.Context, e *env, args []string) error {
 		if err := want(args, 1, 1); err != nil {
 			return err
 		}
-		if len(keys) == 0 {
-			return usagef("need -key FILE")
+		if len(keys) == 0 && !note.any() && !note.text {
+			return usagef("need -key FILE, -note FILE, -attach FILE, -remove NAME or -text")
 		}
 		a, err := openArchive(ctx, args[0])
 		if err != nil {
 			return err
 		}
 		defer a.Close()
-		k, err := signers(keys, func(i int) bool { return a.sigs[i] != nil })
-		if err != nil {
+		text := trust.ManifestText(a.r.Manifest().Raw())
+		if note.text {
+			e.printf("%s", text)
+			return nil
+		}
+		o := &bundle.ResignOptions{Remove: note.remove}
+		if o.Keys, err = signers(keys, func(i int) bool { return a.sigs[i] != nil }); err != nil {
+			return err
+		}
+		if o.NoteKeys, err = noteKeys(note.keys); err != nil {
+			return err
+		}
+		if o.NoteLines, err = note.lines(text); err != nil {
 			return err
 		}
 		if *out == "" {
 			*out = args[0]
 		}
 		err = e.writeFile(*out, func(w io.Writer) error {
-			return bundle.Resign(ctx, w, io.NewSectionReader(a.f, 0, a.size), &bundle.ResignOptions{Keys: k})
+			return bundle.Resign(ctx, w, io.NewSectionReader(a.f, 0, a.size), o)
 		})
 		if err != nil || *out == "-" {
 			return err
 		}
-		for i, k := range k {
+		for i, k := range o.Keys {
 			if k == nil {
 				continue
 			}
@@ -450,6 +481,12 @@ func sign(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 				return err
 			}
 			e.printf("%s  sig%d by %s\n", *out, i, id[:16])
+		}
+		for _, k := range o.NoteKeys {
+			e.printf("%s  note by %s\n", *out, k.Key().ID())
+		}
+		for _, s := range o.NoteLines {
+			e.printf("%s  note by %s\n", *out, s.ID())
 		}
 		return nil
 	}
@@ -468,6 +505,8 @@ type inspection struct {
 	Security    uint64            `json:"security"`
 	Parts       []inspectedPart   `json:"parts"`
 	Signatures  []signature       `json:"signatures"`
+	NoteText    string            `json:"note_text,omitempty"` // that the signatures of the note are about
+	Note        []noteSignature   `json:"note,omitempty"`
 	Mongoose    map[string]string `json:"mongoose"`
 	Error       string            `json:"error,omitempty"`
 }
@@ -492,9 +531,56 @@ type signature struct {
 	DER     []byte `json:"der"` // for other tools: of the SHA-256 of the manifest
 }
 
+// noteSignature is a signature of the note.
+type noteSignature struct {
+	Key   string `json:"key"` // id
+	State string `json:"state"`
+	Sig   []byte `json:"sig"` // for other tools: of note_text
+}
+
+// inspectNote tells about the note, given those who are trusted, or nil.
+func (a *archive) inspectNote(t *trust.Anchor) (text string, sigs []noteSignature) {
+	if a.note == nil {
+		return "", nil
+	}
+	var keys []trust.Key
+	if t != nil {
+		keys = t.Record().Release.Keys
+	}
+	stale := a.note.Text != trust.ManifestText(a.r.Manifest().Raw())
+	for _, s := range a.note.Signatures {
+		alone := trust.Note{Text: a.note.Text, Signatures: []trust.Signature{s}}
+		by, err := alone.SignedBy(keys)
+		state := "unknown"
+		switch {
+		case stale:
+			state = "stale"
+		case err != nil:
+			state = "wrong"
+		case len(by) > 0:
+			state = "valid"
+		}
+		sigs = append(sigs, noteSignature{s.ID(), state, s.Sig})
+	}
+	return a.note.Text, sigs
+}
+
+func (e *env) printNote(sigs []noteSignature) {
+	for _, s := range sigs {
+		says := map[string]string{
+			"valid":   e.paint(32, "valid") + " by " + s.Key,
+			"wrong":   e.paint(31, "wrong") + ", names " + s.Key,
+			"stale":   e.paint(31, "stale") + ": about another manifest, by " + s.Key,
+			"unknown": e.paint(33, "by a key that is not trusted (-trust)") + ", " + s.Key,
+		}
+		e.printf("note      %s\n", says[s.State])
+	}
+}
+
 func inspect(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 	var keys list
 	fs.Var(&keys, "key", "public key, to tell which signatures are by it: `FILE`")
+	trusted := fs.String("trust", "", "trust record, to tell which signatures of the note are by its keys: `FILE`")
 	asJSON := fs.Bool("json", false, "print JSON")
 	return func(ctx context.Context, e *env, args []string) error {
 		if err := want(args, 1, 1); err != nil {
@@ -503,6 +589,12 @@ func inspect(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 		public, names, err := verifiers(keys)
 		if err != nil {
 			return err
+		}
+		var anchor *trust.Anchor
+		if *trusted != "" {
+			if anchor, err = openTrust(*trusted); err != nil {
+				return err
+			}
 		}
 		a, err := openArchive(ctx, args[0])
 		var bad *bundle.Error
@@ -536,6 +628,7 @@ func inspect(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 			}
 			in.Signatures = append(in.Signatures, s)
 		}
+		in.NoteText, in.Note = a.inspectNote(anchor)
 		if *asJSON {
 			return e.printJSON(in)
 		}
@@ -664,7 +757,8 @@ func (e *env) printInspection(in *inspection) {
 			e.printf("sig%d      %s\n", s.Index, e.paint(33, "by a key that was not given (-key)"))
 		}
 	}
-	if len(in.Signatures) == 0 {
+	e.printNote(in.Note)
+	if len(in.Signatures)+len(in.Note) == 0 {
 		e.printf("%s\n", e.paint(33, "not signed"))
 	}
 	e.printMongoose(in.Mongoose)
@@ -750,6 +844,12 @@ func verifyFile(ctx context.Context, e *env, policy *bundle.Policy, file, platfo
 		switch {
 		case errors.Is(err, bundle.ErrPolicy), errors.As(err, &pe), ctx.Err() != nil:
 			return nil, err
+		case errors.Is(err, ota.ErrRollback):
+			return no(exitTooOld, "too-old", err)
+		case errors.Is(err, trust.ErrExpired):
+			return no(exitExpired, "expired", err)
+		case errors.Is(err, trust.ErrUnknownKey):
+			return no(exitWrongKey, "wrong-key", err)
 		case errors.Is(err, bundle.ErrUnsigned), errors.Is(err, bundle.ErrNoDigest):
 			return no(exitUnsigned, "unsigned", err)
 		case errors.Is(err, bundle.ErrSignature):

@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/slotota/ota"
@@ -14,7 +15,7 @@ import (
 // command is an entry of the table that usage, manual page and completion are
 // made from.
 type command struct {
-	name     string
+	name     string // one word, or that of a group and another one
 	args     string // synopsis of what follows the flags
 	short    string // one line
 	long     string // paragraphs, one line each
@@ -26,8 +27,10 @@ type command struct {
 func commands() []command {
 	return []command{
 		{"keygen", "", "make a key pair to sign with",
-			"Writes a P-256 private key (PKCS #8, readable by you only) and beside it the public key for devices and for ota verify. Nothing is overwritten.",
-			[]string{"ota keygen -o release.pem"}, keygen},
+			"Writes a P-256 private key (PKCS #8, readable by you only) and beside it the public key for devices and for ota verify. Nothing is overwritten.\n" +
+				"With -type note it is an Ed25519 key for signed notes and trust records, which devices with this library accept and which can be rotated; -public makes one of a key that a hardware module keeps.",
+			[]string{"ota keygen -o release.pem", "ota keygen -type note -name release-2026 -o release.key",
+				"ota keygen -type note -name hsm -public hsm.pem -o hsm.pub"}, keygen},
 		{"create", "", "make a bundle from files, a directory or another bundle",
 			"The same input gives the same bytes. With SOURCE_DATE_EPOCH set, that is the build's time stamp, and its default build id.\n" +
 				"A part is NAME=FILE, then properties of the manifest (type=fs, ptn=fs_0, update=false, ...). NAME=,size=N,fill=B is a part without a file. NAME,PROPERTY=VALUE changes a part of the bundle or directory that the new one is made from.\n" +
@@ -38,13 +41,15 @@ func commands() []command {
 				"ota create -o fw.zip -dir build/ -platform esp32 -part nvs=,size=16384,fill=255",
 			}, create},
 		{"sign", "FILE", "add or replace signatures",
-			"All else in the bundle keeps its bytes, so that signatures of other keys stay valid. A key goes into the first free place, or into the one named.",
-			[]string{"ota sign -key release.pem fw.zip", "ota sign -key 2=second.pem -o both.zip fw.zip"}, sign},
+			"All else in the bundle keeps its bytes, so that signatures of other keys stay valid. A P-256 key goes into the first free place, or into the one named; the signatures of Ed25519 keys (-note) go into one signed note.\n" +
+				"To sign with a key that is elsewhere, print the text (-text), sign its bytes with Ed25519 there, and attach the signature (-attach, -by).",
+			[]string{"ota sign -note release.key fw.zip", "ota sign -text fw.zip >text", "ota sign -attach text.sig -by hsm.pub fw.zip",
+				"ota sign -key release.pem fw.zip", "ota sign -key 2=second.pem -o both.zip fw.zip"}, sign},
 		{"inspect", "FILE", "show what is in a bundle",
 			"Checks the whole file, but no signatures, except to tell which of the given keys they are by. It also tells what devices with Mongoose OS would say: those of 2016-17 (G1), 2018-19 (G2), and since 2020 (G3).",
 			[]string{"ota inspect fw.zip", "ota inspect -key release.pub.pem -json fw.zip"}, inspect},
 		{"verify", "FILE...", "check bundles as a device would",
-			"Prints one line per file: ok, damaged, unsigned, wrong-key, wrong-platform, wrong-product or too-old, and the particulars. The exit code is that of the first file that fails. - is the standard input.",
+			"Prints one line per file: ok, damaged, unsigned, wrong-key, wrong-platform, wrong-product, too-old or expired, and the particulars. The exit code is that of the first file that fails. - is the standard input.",
 			[]string{"ota verify -key release.pub.pem -platform acme-gw2 fw.zip", "ota verify -allow-unsigned -json fw.zip"}, verify},
 		{"extract", "FILE [PART...]", "take the manifest and the files out of a bundle",
 			"The bundle is verified first. Nothing is overwritten without -f.",
@@ -86,6 +91,20 @@ func commands() []command {
 		{"serve", "DIR", "serve bundles over HTTP",
 			"A static server with ranges and ETags. Devices that tell their firmware (X-MGOS-FW-Version) are answered 304 if the bundle has the same platform, version and build id.",
 			[]string{"ota serve -listen :8080 releases/"}, serve},
+		{"trust init", "", "make the first record of the keys that devices trust",
+			"Root keys sign such records, release keys sign bundles. No key may be both. The record counts once enough root keys have signed it (-note, or ota trust sign). docs/SIGNING.md tells how to keep the keys.",
+			[]string{"ota trust init -o trust -root alice.pub -root bob.pub -root carol.pub -root-threshold 2 -release release.pub"}, trustInit},
+		{"trust rotate", "", "make the next record",
+			"What is not given stays as it was; a list of keys replaces the one before. Enough root keys of both the old and the new record must sign it.",
+			[]string{"ota trust rotate -trust trust -o next -release new-release.pub -note alice.key -note bob.key"}, trustRotate},
+		{"trust sign", "FILE", "add or remove signatures of a record",
+			"It works like ota sign. What is signed elsewhere is what -text prints.",
+			[]string{"ota trust sign -note bob.key next", "ota trust sign -attach text.sig -by hsm.pub next"}, trustSign},
+		{"trust verify", "FILE", "check a record, or a chain of them",
+			"With -trust it must continue the chain that devices have. Exit code 3 if it is not newer, 4 if it is wrong.",
+			[]string{"ota trust verify trust", "ota trust verify -trust trust -o chain next"}, trustVerify},
+		{"trust show", "FILE", "show a record, and who must still sign it", "",
+			[]string{"ota trust show trust", "ota trust show -trust trust -json next"}, trustShow},
 		{"completion", "bash|zsh|fish", "print completion for a shell",
 			"", []string{"source <(ota completion bash)", "ota completion fish >~/.config/fish/completions/ota.fish"}, completion},
 		{"man", "", "print the manual page", "", []string{"ota man >ota.1"}, man},
@@ -96,7 +115,7 @@ func commands() []command {
 					return want(args, 0, 0)
 				}
 			}},
-		{"help", "[COMMAND]", "tell how to use a command", "", []string{"ota help create"}, help},
+		{"help", "[COMMAND...]", "tell how to use a command", "", []string{"ota help create"}, help},
 	}
 }
 
@@ -130,7 +149,7 @@ func (c *command) synopsis() string {
 func (e *env) usage(w io.Writer) {
 	fmt.Fprint(w, "Usage: ota COMMAND [FLAG...] [ARGUMENT...]\n\nUpdates of devices with two or more firmware slots.\n\n")
 	for _, c := range commands() {
-		fmt.Fprintf(w, "  %-11s %s\n", c.name, c.short)
+		fmt.Fprintf(w, "  %-12s %s\n", c.name, c.short)
 	}
 	fmt.Fprint(w, "\nota COMMAND -h tells about a command. Devices are named by -device or OTA_DEVICE:\n"+
 		"http://HOST, https://HOST, unix:///PATH.\n")
@@ -193,21 +212,55 @@ func wrap(text, indent string, width int) string {
 
 func help(*flag.FlagSet) func(context.Context, *env, []string) error {
 	return func(_ context.Context, e *env, args []string) error {
-		if err := want(args, 0, 1); err != nil {
-			return err
-		}
 		if len(args) == 0 {
 			e.usage(e.stdout)
 			return nil
 		}
-		for _, c := range commands() {
-			if c.name == args[0] {
-				c.help(e.stdout)
-				return nil
-			}
+		c, rest := find(args)
+		if c == nil {
+			return usagef("no command %s", ota.Quote(strings.Join(args, " ")))
 		}
-		return usagef("no command %s", ota.Quote(args[0]))
+		if err := want(rest, 0, 0); err != nil {
+			return err
+		}
+		c.help(e.stdout)
+		return nil
 	}
+}
+
+// find returns the command that args begin with, and the rest of them; no command, and
+// as many of args as might name one, if there is none.
+func find(args []string) (*command, []string) {
+	for _, c := range commands() {
+		if n := len(strings.Fields(c.name)); len(args) >= n && strings.Join(args[:n], " ") == c.name {
+			return &c, args[n:]
+		}
+	}
+	n := 1
+	if len(args) > 1 && slices.Contains(groups(), args[0]) {
+		n = 2
+	}
+	return nil, args[:n]
+}
+
+// groups returns the first words of commands that have two.
+func groups() (names []string) {
+	for _, c := range commands() {
+		if g, _, ok := strings.Cut(c.name, " "); ok && !slices.Contains(names, g) {
+			names = append(names, g)
+		}
+	}
+	return names
+}
+
+// members returns the second words of the commands of a group.
+func members(group string) (names []string) {
+	for _, c := range commands() {
+		if m, ok := strings.CutPrefix(c.name, group+" "); ok {
+			names = append(names, m)
+		}
+	}
+	return names
 }
 
 // man prints a manual page for the macros of man(7).
@@ -266,9 +319,11 @@ func completion(*flag.FlagSet) func(context.Context, *env, []string) error {
 		if err := want(args, 1, 1); err != nil {
 			return err
 		}
-		var names []string
+		names := groups()
 		for _, c := range commands() {
-			names = append(names, c.name)
+			if !strings.Contains(c.name, " ") {
+				names = append(names, c.name)
+			}
 		}
 		flags := func(c command) (s []string) {
 			for _, f := range c.flags() {
@@ -278,29 +333,57 @@ func completion(*flag.FlagSet) func(context.Context, *env, []string) error {
 		}
 		switch args[0] {
 		case "bash":
-			e.printf("_ota() {\n\tlocal cur=${COMP_WORDS[COMP_CWORD]}\n\tCOMPREPLY=()\n"+
+			e.printf("_ota() {\n\tlocal cur=${COMP_WORDS[COMP_CWORD]} cmd=${COMP_WORDS[1]}\n\tCOMPREPLY=()\n"+
 				"\tif [ \"$COMP_CWORD\" -eq 1 ]; then\n\t\tCOMPREPLY=($(compgen -W '%s' -- \"$cur\"))\n\t\treturn\n\tfi\n"+
-				"\tcase \"$cur\" in -*) ;; *) return ;; esac\n\tlocal flags=\n\tcase \"${COMP_WORDS[1]}\" in\n", strings.Join(names, " "))
+				"\tcase \"$cmd\" in\n", strings.Join(names, " "))
+			for _, g := range groups() {
+				e.printf("\t%s)\n\t\tif [ \"$COMP_CWORD\" -eq 2 ]; then\n\t\t\tCOMPREPLY=($(compgen -W '%s' -- \"$cur\"))\n\t\t\treturn\n\t\tfi\n"+
+					"\t\tcmd=\"$cmd ${COMP_WORDS[2]}\" ;;\n", g, strings.Join(members(g), " "))
+			}
+			e.printf("\tesac\n\tcase \"$cur\" in -*) ;; *) return ;; esac\n\tlocal flags=\n\tcase \"$cmd\" in\n")
 			for _, c := range commands() {
-				e.printf("\t%s) flags='%s' ;;\n", c.name, strings.Join(flags(c), " "))
+				e.printf("\t'%s') flags='%s' ;;\n", c.name, strings.Join(flags(c), " "))
 			}
 			e.printf("\tesac\n\tCOMPREPLY=($(compgen -W \"$flags\" -- \"$cur\"))\n}\ncomplete -o default -F _ota ota\n")
 		case "zsh":
-			e.printf("#compdef ota\n_ota() {\n\tif (( CURRENT == 2 )); then\n\t\tlocal -a names=(\n")
-			for _, c := range commands() {
-				e.printf("\t\t\t%s\n", single(c.name+":"+c.short))
+			e.printf("#compdef ota\n_ota() {\n\tlocal cmd=$words[2]\n\tif (( CURRENT == 2 )); then\n\t\tlocal -a names=(\n")
+			for _, g := range groups() {
+				e.printf("\t\t\t%s\n", single(g+":"+strings.Join(members(g), ", ")))
 			}
-			e.printf("\t\t)\n\t\t_describe command names\n\t\treturn\n\tfi\n\tcase $words[2] in\n")
 			for _, c := range commands() {
-				e.printf("\t%s) [[ $PREFIX == -* ]] && compadd -- %s && return ;;\n", c.name, strings.Join(flags(c), " "))
+				if !strings.Contains(c.name, " ") {
+					e.printf("\t\t\t%s\n", single(c.name+":"+c.short))
+				}
+			}
+			e.printf("\t\t)\n\t\t_describe command names\n\t\treturn\n\tfi\n\tcase $cmd in\n")
+			for _, g := range groups() {
+				e.printf("\t%s)\n\t\t(( CURRENT == 3 )) && compadd -- %s && return\n\t\tcmd=\"$cmd $words[3]\" ;;\n", g, strings.Join(members(g), " "))
+			}
+			e.printf("\tesac\n\tcase $cmd in\n")
+			for _, c := range commands() {
+				e.printf("\t%s) [[ $PREFIX == -* ]] && compadd -- %s && return ;;\n", single(c.name), strings.Join(flags(c), " "))
 			}
 			e.printf("\tesac\n\t_files\n}\ncompdef _ota ota\n")
 		case "fish":
+			for _, g := range groups() {
+				e.printf("complete -c ota -n __fish_use_subcommand -f -a %s\n", g)
+				for _, m := range members(g) {
+					e.printf("complete -c ota -n '__fish_seen_subcommand_from %s; and not __fish_seen_subcommand_from %s' -f -a %s\n", g, strings.Join(members(g), " "), m)
+				}
+			}
 			for _, c := range commands() {
-				e.printf("complete -c ota -n __fish_use_subcommand -f -a %s -d %s\n", c.name, single(c.short))
+				when := "__fish_seen_subcommand_from " + c.name
+				if g, m, ok := strings.Cut(c.name, " "); ok {
+					when = "__fish_seen_subcommand_from " + g + "; and __fish_seen_subcommand_from " + m
+				} else {
+					e.printf("complete -c ota -n __fish_use_subcommand -f -a %s -d %s\n", c.name, single(c.short))
+					for _, g := range groups() {
+						when += "; and not __fish_seen_subcommand_from " + g
+					}
+				}
 				for _, f := range c.flags() {
 					_, text := describe(f)
-					e.printf("complete -c ota -n '__fish_seen_subcommand_from %s' -o %s -d %s\n", c.name, f.Name, single(text))
+					e.printf("complete -c ota -n '%s' -o %s -d %s\n", when, f.Name, single(text))
 				}
 			}
 		default:

@@ -421,6 +421,7 @@ func push(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 	chunk := fs.String("chunk", "32K", "`bytes` of each piece; it becomes smaller by itself for devices with little memory")
 	resume := fs.Bool("resume", false, "continue where a push of the same file was broken off")
 	noCheck := fs.Bool("no-check", false, "send the file as it is, even if this tool does not understand it")
+	trusted := fs.String("trust", "", "send nothing that enough release keys of this trust record have not signed: `FILE`")
 	begin := fs.String("begin", "", "parameters of OTA.Begin, in place of all others: `JSON`")
 	return func(ctx context.Context, e *env, args []string) error {
 		if err := want(args, 1, 1); err != nil {
@@ -444,6 +445,11 @@ func push(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 				return err
 			}
 			defer remove()
+		}
+		if *trusted != "" {
+			if err := checkTrust(ctx, name, *trusted); err != nil {
+				return err
+			}
 		}
 		in := installed{}
 		var platform string

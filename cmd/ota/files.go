@@ -16,12 +16,14 @@ import (
 	"math"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/bundle"
+	"github.com/slotota/ota/bundle/trust"
 )
 
 // archive is an open bundle that was found to be intact.
@@ -31,6 +33,12 @@ type archive struct {
 	r    *bundle.Reader
 	zip  *zip.Reader // for the places of the data
 	sigs [bundle.MaxKeys][]byte
+	note *trust.Note // or nil
+}
+
+// signed says whether there is any signature.
+func (a *archive) signed() bool {
+	return a.note != nil || slices.ContainsFunc(a.sigs[:], func(s []byte) bool { return s != nil })
 }
 
 // openArchive opens a bundle and verifies it, without regard to signatures.
@@ -64,7 +72,9 @@ func (a *archive) read(ctx context.Context) error {
 		return err
 	}
 	if x := a.zip.File[0].Extra; len(x) > 4 { // the id and length of the only field
-		a.sigs, err = bundle.Signatures(x[4:])
+		if a.sigs, err = bundle.Signatures(x[4:]); err == nil {
+			a.note, err = bundle.Note(x[4:])
+		}
 	}
 	return err
 }
@@ -228,10 +238,12 @@ type policyFlags struct {
 	required                 uint
 	threshold                int
 	allowUnsigned, allowSHA1 bool
+	trust                    string
 }
 
 func (p *policyFlags) define(fs *flag.FlagSet) {
 	fs.Var(&p.keys, "key", "public key, PEM or as update.keyN of Mongoose OS; several: all must have signed. `[INDEX=]FILE`")
+	fs.StringVar(&p.trust, "trust", "", "trust record, or a chain of them: enough of its release keys must have signed the note: `FILE`")
 	fs.UintVar(&p.required, "required", 0, "bit `mask` of the indices that must have signed, in place of all (update.sig_req_mask)")
 	fs.IntVar(&p.threshold, "threshold", 0, "how many of the keys must have signed, in place of all: `N`")
 	fs.BoolVar(&p.allowUnsigned, "allow-unsigned", false, "accept bundles that nobody has signed")
@@ -239,15 +251,19 @@ func (p *policyFlags) define(fs *flag.FlagSet) {
 }
 
 func (p *policyFlags) policy() (*bundle.Policy, error) {
-	if len(p.keys) == 0 && !p.allowUnsigned {
-		return nil, usagef("need a -key, or -allow-unsigned")
+	if len(p.keys) == 0 && p.trust == "" && !p.allowUnsigned {
+		return nil, usagef("need a -key, a -trust record, or -allow-unsigned")
 	}
 	if p.required > math.MaxUint8 {
 		return nil, usagef("-required: at most 255")
 	}
-	keys, _, err := verifiers(p.keys)
-	return &bundle.Policy{Keys: keys, Required: uint8(p.required), Threshold: p.threshold,
-		AllowUnsigned: p.allowUnsigned, AllowSHA1: p.allowSHA1}, err
+	policy := &bundle.Policy{Required: uint8(p.required), Threshold: p.threshold, Clock: hostClock,
+		AllowUnsigned: p.allowUnsigned, AllowSHA1: p.allowSHA1}
+	var err error
+	if policy.Keys, _, err = verifiers(p.keys); err == nil && p.trust != "" {
+		policy.Trust, err = openTrust(p.trust)
+	}
+	return policy, err
 }
 
 // parseSize reads a number of bytes, such as 16384, 0x4000, 16K or 64M.

@@ -20,6 +20,7 @@ import (
 
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/bundle"
+	"github.com/slotota/ota/bundle/trust"
 	"github.com/slotota/ota/rpcjson"
 )
 
@@ -38,6 +39,7 @@ const (
 	exitWrongKey      = 12
 	exitWrongPlatform = 13
 	exitTooOld        = 14
+	exitExpired       = 15
 )
 
 var exitCodes = []struct {
@@ -57,6 +59,7 @@ var exitCodes = []struct {
 	{exitWrongKey, "verify: a signature is by another key, or wrong"},
 	{exitWrongPlatform, "verify: for another platform or product"},
 	{exitTooOld, "verify: the security version is too low"},
+	{exitExpired, "verify: the trust record has expired"},
 }
 
 // failure is an error with an exit code of its own, and perhaps a hint what to do.
@@ -130,17 +133,16 @@ func (e *env) run(ctx context.Context, args []string) int {
 	case "-version", "--version":
 		args[0] = "version"
 	}
-	i := slices.IndexFunc(commands(), func(c command) bool { return c.name == args[0] })
-	if i < 0 {
-		e.notef("no command %s", ota.Quote(args[0]))
+	c, args := find(args)
+	if c == nil {
+		e.notef("no command %s", ota.Quote(strings.Join(args, " ")))
 		e.notef("hint: ota help lists them")
 		return exitUsage
 	}
-	c := commands()[i]
 	fs := flag.NewFlagSet(c.name, flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	run := c.setup(fs)
-	rest, err := parse(fs, args[1:])
+	rest, err := parse(fs, args)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		c.help(e.stdout)
@@ -150,7 +152,7 @@ func (e *env) run(ctx context.Context, args []string) int {
 	default:
 		err = run(ctx, e, rest)
 	}
-	return e.report(&c, err)
+	return e.report(c, err)
 }
 
 // parse parses flags wherever they stand; after -- there are none.
@@ -216,11 +218,19 @@ func classify(err error) (code int, hint string) {
 		return exitBusy, "wait until it has rebooted: ota status"
 	case errors.Is(err, bundle.ErrPolicy):
 		return exitUsage, ""
+	case errors.Is(err, trust.ErrOld):
+		return exitNothing, ""
+	case slices.ContainsFunc(untrusted, func(e error) bool { return errors.Is(err, e) }):
+		return exitVerify, ""
 	case errors.As(err, &bad):
 		return exitVerify, ""
 	}
 	return exitFailed, ""
 }
+
+// untrusted are the reasons to refuse a trust record.
+var untrusted = []error{trust.ErrFormat, trust.ErrTooLarge, trust.ErrRecord, trust.ErrSignature, trust.ErrText,
+	trust.ErrUnsigned, trust.ErrVersion, trust.ErrFork, trust.ErrExpired}
 
 // classifyRemote knows the texts of devices of all kinds.
 func classifyRemote(e *rpcjson.Error) (code int, hint string) {

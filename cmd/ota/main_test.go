@@ -35,7 +35,7 @@ func TestHelp(t *testing.T) {
 	_, man, _ := tool(t, false, "man")
 	for _, c := range commands() {
 		require.Contains(t, all, "\n  "+c.name+" ")
-		code, out, msg := tool(t, false, c.name, "-h")
+		code, out, msg := tool(t, false, append(strings.Fields(c.name), "-h")...)
 		require.Zero(t, code)
 		require.Empty(t, msg)
 		require.Contains(t, out, "Usage: "+c.synopsis()+"\n")
