@@ -207,9 +207,9 @@ func (n *Note) verify(r *Role, role string) ([]Key, error) {
 	case r.Threshold > 0 && len(distinct) >= r.Threshold:
 		return by, nil
 	case len(by) == 0 && len(n.Signatures) > 0:
-		return nil, because(ErrUnknownKey, "%d %s keys needed, signed by %s", r.Threshold, role, n.signers())
+		return nil, because(ErrUnknownKey, "needs %d %s keys, signed by %s", r.Threshold, role, n.signers())
 	}
-	return nil, because(ErrUnsigned, "%d %s keys needed, %d have signed", r.Threshold, role, len(distinct))
+	return nil, because(ErrUnsigned, "needs %d %s keys, signed by %d", r.Threshold, role, len(distinct))
 }
 
 // signers lists who seems to have signed, for messages.

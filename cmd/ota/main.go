@@ -136,7 +136,11 @@ func (e *env) run(ctx context.Context, args []string) int {
 	c, args := find(args)
 	if c == nil {
 		e.notef("no command %s", ota.Quote(strings.Join(args, " ")))
-		e.notef("hint: ota help lists them")
+		if m := members(args[0]); len(m) > 0 {
+			e.notef("hint: ota %s has %s", args[0], strings.Join(m, ", "))
+		} else {
+			e.notef("hint: ota help lists them")
+		}
 		return exitUsage
 	}
 	fs := flag.NewFlagSet(c.name, flag.ContinueOnError)
