@@ -34,4 +34,15 @@
 // ASN.1 DER, as members sig0 to sig7 of a JSON object in extra field 0x293a
 // (mongoose-os/mos, common/fwbundle). The manifest in turn has the SHA-256 of
 // every file. A [Policy] says which signatures are needed.
+//
+// Beside them there is the note, in the member "note" of the same object: Ed25519
+// signatures in the form of C2SP signed-note over a text that names the manifest by
+// length and SHA-256. Package trust says whose signatures count. Mongoose OS ignores
+// it. Devices with Mongoose OS read 512 bytes of a directory entry, and [Write] and
+// [Resign] make none that is longer: three signatures of the note with names of 18
+// bytes on average, or two beside one sigN, or one beside two.
+//
+// In a signed bundle no byte can be changed without notice: one that is accepted
+// because of its signatures has nothing in the fields of the directory that say who
+// made the archive, and no file attributes.
 package bundle

@@ -381,6 +381,9 @@ func (r *Reader) end() error {
 		if err := e.checkCentral(raw); err != nil {
 			return r.failAt(e, off, err)
 		}
+		if !r.info.Unsigned && !bare(raw) {
+			return r.failAt(e, off, because(ErrFormat, "a signed archive says who made it, or has attributes"))
+		}
 	}
 	dirSize := r.off - dir
 	sig, err := r.signature()

@@ -69,9 +69,10 @@ type ResignOptions struct {
 }
 
 // Resign copies the bundle f to w, with other signatures. All else keeps its bytes,
-// the manifest above all, so that the signatures of others stay valid. Only a note
-// about another manifest is left out, as a tool may leave one behind that writes a
-// manifest anew.
+// the manifest above all, so that the signatures of others stay valid. Only the
+// fields of the directory that say who made the archive are cleared, with the files'
+// attributes, and a note about another manifest is left out, as a tool may leave one
+// behind that writes a manifest anew.
 //
 // f is verified first, in the way of [Policy.Verify] without keys, and must have a
 // SHA-256 for every part. Errors are of type [*Error]. f must not change meanwhile.
@@ -121,6 +122,8 @@ func Resign(ctx context.Context, w io.Writer, f File, o *ResignOptions) error {
 		} else {
 			le.PutUint32(c[42:], uint32(int64(le.Uint32(c[42:]))+added))
 		}
+		le.PutUint16(c[4:], madeBy)
+		clear(c[36:42])
 		newDir = append(newDir, c...)
 	}
 	le.PutUint32(end[12:], uint32(len(newDir)))

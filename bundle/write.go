@@ -283,7 +283,7 @@ func (b *writer) directory() []byte {
 	var d []byte
 	for _, e := range b.entries {
 		d = le.AppendUint32(d, sigCentral)
-		d = le.AppendUint16(d, 20) // made by
+		d = le.AppendUint16(d, madeBy)
 		d = append(d, e.raw[sharedLocal:sharedLocal+lenShared]...)
 		d = append(d, make([]byte, 2+2+2+4)...) // comment, volume, attributes
 		d = le.AppendUint32(d, uint32(e.off))
