@@ -392,7 +392,7 @@ func TestResignNote(t *testing.T) {
 		want error
 	}{
 		"nothing":      {plain, nil, bundle.ErrPolicy},
-		"no such name": {at, &bundle.ResignOptions{Remove: []string{"sig0"}}, bundle.ErrPolicy},
+		"no such name": {at, &bundle.ResignOptions{Remove: []string{"sig0"}}, ota.ErrInvalid},
 		"attribute":    {hello, &bundle.ResignOptions{NoteKeys: []*trust.Signer{k}}, bundle.ErrFormat},
 		"nil key":      {plain, &bundle.ResignOptions{NoteKeys: []*trust.Signer{nil}}, trust.ErrKey},
 		"no line":      {plain, &bundle.ResignOptions{NoteLines: []trust.Signature{{Name: "a\nb", Hash: 1, Sig: []byte{1}}}}, bundle.ErrSignature},

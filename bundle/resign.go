@@ -175,7 +175,7 @@ func (o *ResignOptions) resigned(e *entry, r *Reader) ([]byte, error) {
 		if i >= 0 && have.sig[i] != "" {
 			have.sig[i] = ""
 		} else if !n.Remove(name) {
-			return nil, because(ErrPolicy, "no signature of %s to be removed", ota.Quote(name))
+			return nil, because(ota.ErrInvalid, "there is no signature of %s to be removed", ota.Quote(name))
 		}
 	}
 	n.Add(o.NoteLines...)

@@ -469,8 +469,11 @@ func sign(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 		err = e.writeFile(*out, func(w io.Writer) error {
 			return bundle.Resign(ctx, w, io.NewSectionReader(a.f, 0, a.size), o)
 		})
-		if errors.Is(err, bundle.ErrHeaderTooLong) {
+		switch {
+		case errors.Is(err, bundle.ErrHeaderTooLong):
 			return fail(exitFailed, "there is room for three; -remove NAME removes one", "too many signatures: %w", err)
+		case errors.Is(err, ota.ErrInvalid) && !errors.Is(err, bundle.ErrPolicy):
+			return fail(exitFailed, "ota inspect tells who has signed", "%w", err)
 		}
 		if err != nil || *out == "-" {
 			return err

@@ -386,12 +386,9 @@ func signing(n *trust.Note, rec, old *trust.Record) (s signed, err error) {
 		}
 		return max(0, r.Threshold-len(by)), err
 	}
-	if old != nil {
-		if s.MissingOld, err = count(&old.Root); err != nil {
-			return s, err
-		}
+	if s.Missing, err = count(&rec.Root); err == nil && old != nil {
+		s.MissingOld, err = count(&old.Root)
 	}
-	s.Missing, err = count(&rec.Root)
 	return s, err
 }
 
