@@ -161,6 +161,8 @@ func TestNotePolicy(t *testing.T) {
 		return err
 	}
 	require.ErrorIs(t, open(&bundle.Policy{}), bundle.ErrPolicy, "nobody is trusted")
+	require.ErrorIs(t, open(&bundle.Policy{Trust: &trust.Anchor{}}), bundle.ErrPolicy)
+	require.ErrorIs(t, open(&bundle.Policy{Trust: &trust.Anchor{}, AllowUnsigned: true}), bundle.ErrPolicy)
 	known := anchor(t, 1, nil, k, published)
 	require.ErrorIs(t, open(&bundle.Policy{Trust: known}), bundle.ErrPolicy, "everybody is trusted")
 	require.NoError(t, open(&bundle.Policy{Trust: known, AllowTestKeys: true}))

@@ -154,6 +154,8 @@ func (p *Policy) check() error {
 		return because(ErrPolicy, "SHA-1 is for unsigned bundles, which are not allowed")
 	case p.MaxManifest < 0 || p.MaxManifest > maxManifest || p.MaxSize < 0:
 		return because(ErrPolicy, "a limit is out of range")
+	case p.Trust != nil && p.Trust.Record().Version == 0:
+		return because(ErrPolicy, "a trust anchor that trusts nobody")
 	case p.Trust != nil && !p.AllowTestKeys:
 		r := p.Trust.Record()
 		for _, k := range slices.Concat(r.Root.Keys, r.Release.Keys) {

@@ -11,7 +11,7 @@ import (
 const MaxChain = 256 << 10
 
 // Anchor is a verified chain of trust records, of which the last one counts. Only
-// [Open] and [Anchor.Update] make one.
+// [Open] and [Anchor.Update] make one; the zero value trusts nobody.
 type Anchor struct {
 	links []link
 }
@@ -124,9 +124,15 @@ func verifyChain(before *link, links []link) error {
 	return nil
 }
 
-func (a *Anchor) last() *link { return &a.links[len(a.links)-1] }
+func (a *Anchor) last() *link {
+	if len(a.links) == 0 {
+		return &link{&Note{}, &Record{}}
+	}
+	return &a.links[len(a.links)-1]
+}
 
-// Record returns a copy of the record that counts.
+// Record returns a copy of the record that counts. That of the zero Anchor has
+// Version 0.
 func (a *Anchor) Record() Record {
 	r := *a.last().rec
 	r.Root.Keys, r.Release.Keys = slices.Clone(r.Root.Keys), slices.Clone(r.Release.Keys)

@@ -643,6 +643,18 @@ func TestRecordIsACopy(t *testing.T) {
 	require.Equal(t, m.rec, a.Record())
 }
 
+func TestZeroAnchor(t *testing.T) {
+	m := newTeam(t)
+	var a Anchor
+	require.Zero(t, a.Record().Version)
+	require.Empty(t, a.Bytes())
+	require.NoError(t, a.Expired(time.Now()))
+	_, err := a.VerifyManifest([]byte("m"), sign(t, ManifestText([]byte("m")), m.release...))
+	require.ErrorIs(t, err, ErrUnsigned)
+	_, err = a.Update(signRecord(t, m.rec, m.root...))
+	require.ErrorIs(t, err, ErrUnsigned)
+}
+
 func TestExpired(t *testing.T) {
 	m := newTeam(t)
 	require.NoError(t, m.open(t).Expired(time.Now().AddDate(1000, 0, 0)), "never")
