@@ -59,7 +59,7 @@ func newBoard(t *testing.T) *board {
 	require.NoError(t, err)
 	policy := &bundle.Policy{AllowUnsigned: true, AllowSHA1: true}
 	b.srv, err = rpcjson.New(b.dev, rpcjson.Options{
-		ID: "esp32_123456", NoAuth: true, AllowHTTP: true, Fetch: &fetch.Policy{AllowLoopback: true},
+		ID: "esp32_123456", NoAuth: true, Fetch: &fetch.Policy{AllowHTTP: true, AllowLoopback: true},
 		Open: func(ctx context.Context, r io.Reader) (ota.Image, error) { return policy.Image(ctx, r) },
 	})
 	require.NoError(t, err)

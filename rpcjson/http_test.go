@@ -20,6 +20,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/fetch"
 )
 
 // raw sends the text of a request to srv over a connection of its own.
@@ -61,7 +62,7 @@ func TestHTTPVectors(t *testing.T) {
 			d.errs["commit"] = ota.ErrCommitted
 			s := newTest(t, d, func(o *Options) {
 				o.AllowGET = []string{"sys.reboot"}
-				o.AllowHTTP = true
+				o.Fetch = &fetch.Policy{AllowHTTP: true}
 				o.HTTPClient = &http.Client{Transport: roundTrip(func(*http.Request) *http.Response {
 					return response(200, "firmware")
 				})}

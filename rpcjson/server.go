@@ -196,10 +196,9 @@ type Options struct {
 
 	// Fetch says what OTA.Update may download, and from where. nil means over
 	// HTTPS from hosts with public addresses: a server inside of the local
-	// network needs AllowPrivate. It must not be changed after New.
+	// network needs AllowPrivate, one without TLS AllowHTTP. It must not be
+	// changed after New.
 	Fetch *fetch.Policy
-	// AllowHTTP permits downloads without TLS, as AllowHTTP of Fetch does.
-	AllowHTTP bool
 	// HTTPClient downloads for OTA.Update; nil means the client of Fetch. Of
 	// Fetch, its URLs and redirects obey what [fetch.Policy.CheckURL] and
 	// [fetch.Policy.CheckRedirect] check; the addresses that names stand for,
@@ -316,7 +315,6 @@ func newServer(d device, o Options) (*Server, error) {
 	if o.Fetch != nil {
 		s.fetch = *o.Fetch
 	}
-	s.fetch.AllowHTTP = s.fetch.AllowHTTP || o.AllowHTTP
 	s.client = s.newClient()
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.addMethods()

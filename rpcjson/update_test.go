@@ -58,7 +58,7 @@ func TestUpdateByURL(t *testing.T) {
 	} {
 		d := newFake()
 		s := newTest(t, d, func(o *Options) {
-			o.AllowHTTP, o.Fetch = true, &fetch.Policy{AllowLoopback: true}
+			o.Fetch = &fetch.Policy{AllowHTTP: true, AllowLoopback: true}
 			o.AllowURL = func(u *url.URL) error {
 				if u.Path == "/forbidden" {
 					return errors.New("not there")
