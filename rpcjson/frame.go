@@ -19,7 +19,7 @@ type Error struct {
 	Code    int
 	Message string // may be empty: the reply then has no message
 
-	challenge string // WWW-Authenticate of an HTTP answer
+	challenges string // WWW-Authenticate of an HTTP answer, one a line
 }
 
 func errorf(code int, format string, args ...any) *Error {

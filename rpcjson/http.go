@@ -45,10 +45,7 @@ const (
 // [Options]. What a page can do is to cause a GET of the others; it does not get
 // to see the answer, as no CORS header is ever sent.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	h := w.Header()
-	h.Set("Content-Type", "application/json")
-	h.Set("Cache-Control", "no-store")
-	h.Set("X-Content-Type-Options", "nosniff")
+	h := setHeaders(w)
 	if r.ProtoMajor == 1 {
 		// One connection per call, as the original, unless asked otherwise.
 		if strings.EqualFold(r.Header.Get("Connection"), "keep-alive") {
@@ -60,6 +57,12 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if e := s.checkBrowser(r); e != nil {
 		s.deny(w, r, e)
 		return
+	}
+	if !s.o.NoAuth {
+		if e := s.limits.blocked(httpPeer(r).key()); e != nil { // before anything is read
+			s.answerError(w, e.Code, e)
+			return
+		}
 	}
 	name, ok := strings.CutPrefix(r.URL.Path, "/rpc/")
 	if !ok && r.URL.Path != "/rpc" && r.URL.Path != "/" {
@@ -79,6 +82,14 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	default:
 		s.refuseMethod(w)
 	}
+}
+
+func setHeaders(w http.ResponseWriter) http.Header {
+	h := w.Header()
+	h.Set("Content-Type", "application/json")
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Content-Type-Options", "nosniff")
+	return h
 }
 
 func (s *Server) deny(w http.ResponseWriter, r *http.Request, e *Error) {
@@ -295,7 +306,11 @@ func (s *Server) callHTTP(w http.ResponseWriter, r *http.Request, f *frame) (res
 	}
 	// The request has come; a time limit for it would cut a long call short.
 	_ = http.NewResponseController(w).SetReadDeadline(time.Time{})
-	return s.call(r.Context(), &Peer{Channel: "HTTP", Addr: r.RemoteAddr, Request: r}, f)
+	return s.call(r.Context(), httpPeer(r), f)
+}
+
+func httpPeer(r *http.Request) *Peer {
+	return &Peer{Channel: "HTTP", Addr: r.RemoteAddr, Request: r}
 }
 
 // unanswered ends an exchange whose call has no outcome: the client has gone, the
@@ -353,10 +368,30 @@ func (s *Server) answer(w http.ResponseWriter, status int, body []byte) {
 }
 
 func (s *Server) answerError(w http.ResponseWriter, status int, e *Error) {
-	if e.challenge != "" {
-		w.Header().Set("WWW-Authenticate", e.challenge)
+	body := appendError(nil, e)
+	for c := range strings.SplitSeq(e.challenges, "\n") {
+		if c == "" {
+			break
+		}
+		w.Header().Add("WWW-Authenticate", c)
+		if strings.HasPrefix(c, "Digest ") { // the original sends no body then
+			body = nil
+		}
 	}
-	s.answer(w, status, appendError(nil, e))
+	if status == http.StatusTooManyRequests {
+		w.Header().Set("Retry-After", "10")
+	}
+	s.answer(w, status, body)
+}
+
+// Refuse answers an HTTP request with an error that [Server.Admit] has returned.
+func (s *Server) Refuse(w http.ResponseWriter, err error) {
+	setHeaders(w)
+	var e *Error
+	if !errors.As(err, &e) {
+		e = errorf(503, "shutting down")
+	}
+	s.answerError(w, e.Code, e)
 }
 
 // write sends an answer and waits until it is on its way, because a reboot may

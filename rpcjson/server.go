@@ -2,15 +2,24 @@
 // methods of Mongoose OS and what a client needs beside them, as mg-rpc frames
 // over any transport and as HTTP. The genuine client, mos, understands it.
 //
+//	access, err := rpcjson.NewAccess(rpcjson.AccessOptions{Passwords: passwords})
+//	…
 //	srv, err := rpcjson.New(dev, rpcjson.Options{
 //		ID:         "esp32_123456",
 //		Info:       rpcjson.Info{App: "demo", Version: "1.0", BuildID: "…", Platform: "esp32"},
 //		Open:       openBundle, // reads and verifies a firmware file
-//		Authorizer: tokens,     // decides who may call what
+//		Authorizer: access,     // decides who may call what
 //	})
 //	…
-//	http.Handle("/rpc", srv)
-//	http.Handle("/rpc/", srv)
+//	mux.Handle("/rpc", srv)
+//	mux.Handle("/rpc/", srv)
+//	…
+//	err = rpcjson.NewHTTPServer(mux).Serve(listener)
+//
+// There is no default under which everybody may call: without an [Authorizer], New
+// fails unless NoAuth says so. [Access] is one for all transports: digest
+// authentication as of Mongoose OS, bearer tokens, client certificates, with rights
+// for each user or an access list.
 //
 // The parts, from the bottom up: a codec for frames, [Server.Serve], which takes
 // a frame from any transport and hands back the reply, and the http.Handler.
@@ -37,6 +46,7 @@ package rpcjson
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -97,9 +107,18 @@ type Peer struct {
 	// Request is the HTTP request that carried the frame or opened the
 	// channel; nil on other transports.
 	Request *http.Request
+	// TLS is the state of the channel's TLS, nil if it has none or Request
+	// tells.
+	TLS *tls.ConnectionState
+	// User is who the channel as a whole has shown to belong to, "" if nobody;
+	// it is believed. [Server.Admit] fills it in. When a handler runs it is the
+	// user that was authorized.
+	User string
 	// Auth is the text of the frame's auth member, nil if there is none. It
 	// is filled in for each frame.
 	Auth []byte
+
+	admitted bool // by Admit
 }
 
 // Authorizer decides who may call what. It is called for each request that has
@@ -112,6 +131,14 @@ type Peer struct {
 // answer 401.
 type Authorizer interface {
 	Authorize(ctx context.Context, peer *Peer, method string, right Right) error
+}
+
+// Identifier is what an [Authorizer] can be beside, for channels that carry many
+// frames: it says who has opened one, by the header of peer.Request or by the
+// certificate in its TLS, "" if there are no credentials. The error wraps
+// [ErrUnauthenticated] if they are wrong.
+type Identifier interface {
+	Identify(ctx context.Context, peer *Peer) (user string, err error)
 }
 
 // AuthorizerFunc is an [Authorizer] made of a function.
@@ -174,6 +201,9 @@ type Options struct {
 	// NoAuth lets everybody who reaches the server install firmware. (It must
 	// still pass the signature check of Open.)
 	NoAuth bool
+	// Limits bound what peers can do without being authorized; nil means the
+	// defaults.
+	Limits *Limits
 
 	// AllowHosts are the names by which HTTP clients may call the device,
 	// without port. Addresses and localhost always work. Other names are
@@ -276,6 +306,7 @@ type Server struct {
 	fetch   fetch.Policy
 	client  *http.Client
 	start   time.Time
+	limits  *limiter
 	pending chan struct{} // one element for each call being served
 	reading chan struct{} // one for each HTTP body being read
 
@@ -309,6 +340,7 @@ func newServer(d device, o Options) (*Server, error) {
 		o:       o,
 		log:     o.Logger,
 		start:   time.Now(),
+		limits:  newLimiter(o.Limits),
 		pending: make(chan struct{}, o.MaxPending),
 		reading: make(chan struct{}, o.MaxPending),
 	}
@@ -502,6 +534,11 @@ func (s *Server) call(ctx context.Context, peer *Peer, f *frame) (result []byte,
 	}
 	m := s.method(f.method)
 	if m == nil {
+		if !s.o.NoAuth {
+			if e := s.limits.take(peer.key(), false); e != nil {
+				return nil, nil, e, nil
+			}
+		}
 		return nil, nil, errorf(404, "No handler for %s", printable(f.method)), nil
 	}
 	if left := time.Until(due); !due.IsZero() && left < lockout {
@@ -533,7 +570,7 @@ func (s *Server) call(ctx context.Context, peer *Peer, f *frame) (result []byte,
 		return nil, nil, nil, context.Cause(ctx) // mostly, nobody is left to be answered
 	}
 	if m.right != Read {
-		s.log.Info("rpc", "method", m.name, "channel", peer.Channel, "peer", peer.Addr, "src", ota.Quote(f.src), "err", err)
+		s.log.Info("rpc", "method", m.name, "channel", peer.Channel, "peer", peer.Addr, "user", ota.Quote(peer.User), "src", ota.Quote(f.src), "err", err)
 	}
 	if err != nil {
 		callErr = toError(err)
@@ -543,33 +580,72 @@ func (s *Server) call(ctx context.Context, peer *Peer, f *frame) (result []byte,
 
 // authorize returns nil if peer may call m, else what to answer.
 func (s *Server) authorize(ctx context.Context, peer *Peer, m *method) *Error {
+	return s.check(peer, m.name, func() error {
+		return s.o.Authorizer.Authorize(ctx, peer, m.name, m.right)
+	})
+}
+
+// check calls ask, which says whether credentials of peer are good for what, within
+// the limits for those that are not.
+func (s *Server) check(peer *Peer, what string, ask func() error) *Error {
 	if s.o.NoAuth {
 		return nil
 	}
-	err := s.o.Authorizer.Authorize(ctx, peer, m.name, m.right)
-	if err == nil {
-		return nil
+	login := peer.Auth != nil || !peer.admitted && peer.Request != nil && peer.Request.Header["Authorization"] != nil
+	key := peer.key()
+	if e := s.limits.take(key, login); e != nil {
+		return e
 	}
-	s.log.Warn("rpc denied", "method", m.name, "channel", peer.Channel, "peer", peer.Addr, "err", err)
-	var e *Error
+	err := ask()
+	var d *denial
 	switch {
-	case errors.As(err, &e):
-		e = errorf(e.Code, "%s", e.Message)
-		if e.Code == 0 {
-			e.Code = 403 // clients take 0 for success
+	case err == nil:
+		n := 1
+		if login {
+			n = 2 // also for the request that got the challenge
 		}
-	case errors.Is(err, ErrUnauthenticated):
-		e = errorf(401, "unauthenticated")
-	case errors.Is(err, ErrForbidden):
-		e = errorf(403, "unauthorized")
-	default:
-		e = errorf(500, "authorization failed")
+		s.limits.give(key, n, login, login)
+		return nil
+	case errors.As(err, &d) && (d.stale || d.err == ErrForbidden && peer.User != ""):
+		s.limits.give(key, 0, login, false)
 	}
-	var c interface{ WWWAuthenticate() string }
-	if errors.As(err, &c) {
-		e.challenge = c.WWWAuthenticate()
+	s.log.Warn("rpc denied", "method", what, "channel", peer.Channel, "peer", peer.Addr, "err", err)
+	return deny(err)
+}
+
+// Admit is for transports whose channels carry many frames, such as WebSocket and
+// TCP, once for each channel before its first frame, with the Peer that is then
+// given to Serve. It refuses an HTTP request that a foreign web page has caused, and
+// peers that were refused too often. If the [Authorizer] is an [Identifier] it
+// finds out who the peer is, which then holds for all frames of the channel.
+//
+// The error is an *[Error] of code 401, 403, 429 or 500 for [Server.Refuse], or
+// [ErrClosed].
+func (s *Server) Admit(ctx context.Context, peer *Peer) error {
+	if s.ctx.Err() != nil {
+		return ErrClosed
 	}
-	return e
+	if peer.Request != nil {
+		if e := s.checkBrowser(peer.Request); e != nil {
+			s.log.Warn("rpc denied", "channel", peer.Channel, "peer", peer.Addr, "err", e)
+			return e
+		}
+	}
+	if !s.o.NoAuth {
+		if e := s.limits.blocked(peer.key()); e != nil {
+			return e
+		}
+		if id, ok := s.o.Authorizer.(Identifier); ok {
+			if e := s.check(peer, "", func() (err error) {
+				peer.User, err = id.Identify(ctx, peer)
+				return err
+			}); e != nil {
+				return e
+			}
+		}
+	}
+	peer.admitted = true
+	return nil
 }
 
 // encode returns the JSON text of a result in ASCII.
