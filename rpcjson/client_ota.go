@@ -31,6 +31,9 @@ type DeviceStatus struct {
 	Percent       float64 `json:"progress_percent"`
 	CommitTimeout int64   `json:"commit_timeout"` // seconds
 	ActiveSlot    int     `json:"partition"`
+	// NextOffset is the offset of the data that a push session expects, if it
+	// has taken any; 0 also if the device does not tell.
+	NextOffset int64 `json:"next_offset,omitempty"`
 }
 
 // Status calls OTA.Status.
@@ -138,6 +141,8 @@ func (p *pusher) run(ctx context.Context) error {
 		return err
 	}
 	switch {
+	case st.State == StateProgress && p.o.Resume && st.NextOffset > 0 && st.NextOffset <= p.size:
+		p.off, p.open = st.NextOffset, true
 	case st.State == StateProgress && p.o.Resume:
 		if p.off, err = p.probe(ctx); err != nil {
 			return err

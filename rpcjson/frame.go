@@ -14,10 +14,15 @@ import (
 var ErrInvalidFrame = errors.New("rpcjson: invalid frame")
 
 // Error is an error as it travels in a reply: a code and, mostly, a message.
-// Handlers return one to choose both.
+// Handlers return one to choose both. [errors.Is] finds what it stands for, such
+// as [ota.ErrBusy].
 type Error struct {
 	Code    int
 	Message string // may be empty: the reply then has no message
+	// Reason is a word for programs, such as "busy" or "not-committed", for
+	// errors whose code tells nothing; "" if there is none. The original has
+	// no such member, and its clients ignore it.
+	Reason string
 
 	challenges string // WWW-Authenticate of an HTTP answer, one a line
 }
@@ -145,6 +150,10 @@ func appendError(dst []byte, e *Error) []byte {
 	if e.Message != "" {
 		dst = append(dst, `,"message":`...)
 		dst = appendString(dst, e.Message)
+	}
+	if e.Reason != "" {
+		dst = append(dst, `,"reason":`...)
+		dst = appendString(dst, e.Reason)
 	}
 	return append(dst, '}')
 }

@@ -150,13 +150,15 @@ func decided(err error) error {
 // failed returns what is answered for err, nil if that is nil: an *Error of the
 // given code and text.
 func failed(code int, text string, err error) error {
-	switch {
-	case err == nil:
+	if err == nil {
 		return nil
-	case text == "":
-		return errorf(code, "%s", message(err))
 	}
-	return errorf(code, "%s: %s", text, message(err))
+	e := errorf(code, "%s", message(err))
+	if text != "" {
+		e.Message = text + ": " + e.Message
+	}
+	e.Reason = reasonOf(err)
+	return e
 }
 
 func (s *Server) otaCreateSnapshot(ctx context.Context, r *Request) (any, error) {
@@ -179,7 +181,7 @@ func (s *Server) otaCreateSnapshot(ctx context.Context, r *Request) (any, error)
 	case err == nil:
 		return object("slot", int64(slot)), nil
 	case errors.Is(err, ota.ErrNotCommitted):
-		return nil, errorf(-1, "Cannot create snapshots in uncommitted state")
+		return nil, &Error{Code: -1, Message: "Cannot create snapshots in uncommitted state", Reason: reasonOf(err)}
 	case errors.Is(err, ota.ErrNoBootState), errors.Is(err, ota.ErrBadBootState):
 		return nil, failed(-2, "Failed to get boot state", err)
 	case errors.Is(err, ota.ErrStateUnknown):
@@ -271,9 +273,16 @@ func (s *Server) status(u *update) json.RawMessage {
 	default:
 		state, text, percent = stateSuccess, u.text, 100
 	}
-	return object("state", int64(state), "message", text, "is_committed", st.State.Committed,
-		"progress_percent", int64(percent), "commit_timeout", int64(st.State.CommitTimeout/time.Second),
-		"partition", int64(st.State.Active))
+	pairs := []any{"state", int64(state), "message", text, "is_committed", st.State.Committed,
+		"progress_percent", int64(percent), "commit_timeout", int64(st.State.CommitTimeout / time.Second),
+		"partition", int64(st.State.Active)}
+	// Not in the original: where a push goes on, once it has begun to.
+	if u != nil && u.push != nil && !u.over() {
+		if next := u.push.expected(); next > 0 {
+			pairs = append(pairs, "next_offset", next)
+		}
+	}
+	return object(pairs...)
 }
 
 // object returns a JSON object with one blank after each colon and comma, as

@@ -138,6 +138,13 @@ func (p *push) fresh() bool {
 	return p.last == nil && !p.ended
 }
 
+// expected returns the offset of the data that is to come next.
+func (p *push) expected() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.next
+}
+
 var errNotStarted = errorf(-1, "Update not started")
 
 func (s *Server) otaWrite(ctx context.Context, r *Request) (any, error) {

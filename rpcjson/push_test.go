@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -24,7 +25,13 @@ func write(t testing.TB, s *Server, off int, data string) string {
 	return do(t, s, "OTA.Write", fmt.Sprintf(`{"offset":%d,"data":"%s"}`, off, base64.StdEncoding.EncodeToString([]byte(data))))
 }
 
-func fail(code int, text string) string {
+// fail returns the error of a reply; reason may be left out.
+func fail(code int, text string, reason ...string) string {
+	for _, r := range reason {
+		if r != "" {
+			return fmt.Sprintf(`"error":{"code":%d,"message":"%s","reason":"%s"}`, code, text, r)
+		}
+	}
 	return fmt.Sprintf(`"error":{"code":%d,"message":"%s"}`, code, text)
 }
 
@@ -44,9 +51,9 @@ func TestPush(t *testing.T) {
 		begin := `{"timeout":600,"commit_timeout":"300","size":11}`
 		require.Equal(t, null, do(t, s, "OTA.Begin", begin))
 		require.Equal(t, null, do(t, s, "OTA.Begin", begin), "a repeated Begin is acknowledged")
-		require.Equal(t, fail(-1, "Update failed to start: rpcjson: an update is under way: another operation is in progress"),
+		require.Equal(t, fail(-1, "Update failed to start: rpcjson: an update is under way: another operation is in progress", "busy"),
 			do(t, s, "OTA.Begin", strings.Replace(begin, "11", "12", 1)), "another Begin is not")
-		require.Equal(t, fail(-1, "Update is already in progress"), do(t, s, "OTA.Update", `{"url":"https://h/x"}`))
+		require.Equal(t, fail(-1, "Update is already in progress", "busy"), do(t, s, "OTA.Update", `{"url":"https://h/x"}`))
 		require.Equal(t, statusText(1, "progress", true, 0), do(t, s, "OTA.Status", ""))
 
 		require.Equal(t, fail(-1, "Expected offset 0, got 5"), write(t, s, 5, "x"))
@@ -56,13 +63,13 @@ func TestPush(t *testing.T) {
 		require.Equal(t, fail(400, `offset: need an integer, got \"0.5\"`), do(t, s, "OTA.Write", `{"offset":0.5,"data":"eA=="}`))
 
 		require.Equal(t, null, write(t, s, 0, "hello"))
-		require.Equal(t, fail(-1, "Update failed to start: rpcjson: an update is under way: another operation is in progress"),
+		require.Equal(t, fail(-1, "Update failed to start: rpcjson: an update is under way: another operation is in progress", "busy"),
 			do(t, s, "OTA.Begin", begin), "not once there is data")
 		require.Equal(t, null, write(t, s, 0, "hello"), "the chunk before may be repeated")
 		require.Equal(t, fail(-1, "offset 0 was already written with other data"), write(t, s, 0, "hellx"))
 		require.Equal(t, fail(-1, "offset 0 was already written with other data"), write(t, s, 0, "hell"))
 		require.Equal(t, null, write(t, s, 5, ""), "nothing to write")
-		require.Equal(t, statusText(1, "progress", true, 45), do(t, s, "OTA.Status", ""))
+		require.Equal(t, strings.Replace(statusText(1, "progress", true, 45), `0}`, `0, "next_offset": 5}`, 1), do(t, s, "OTA.Status", ""))
 		require.Equal(t, null, write(t, s, 5, " world"))
 		require.Equal(t, fail(-1, "Expected offset 11, got 0"), write(t, s, 0, "hello"), "older ones may not")
 
@@ -116,10 +123,13 @@ func TestPushFailure(t *testing.T) {
 				s := newTest(t, d, nil)
 				require.Equal(t, null, do(t, s, "OTA.Begin", ""))
 				require.Equal(t, null, write(t, s, 0, "1234"))
-				require.Equal(t, `"error":{"code":`+strings.Split(c.want, " ")[0]+`,"message":"`+c.want+`"}`, write(t, s, 4, "5678"), "the pending Write is told")
-				require.Equal(t, fail(-1, c.want), write(t, s, 8, "9"))
-				require.Equal(t, fail(-1, c.want), do(t, s, "OTA.End", ""))
-				require.Equal(t, fail(-1, c.want), do(t, s, "OTA.End", ""))
+				code, err := strconv.Atoi(strings.Split(c.want, " ")[0])
+				require.NoError(t, err)
+				reason := map[string]string{"digest": "digest", "signature": "unverified"}[name]
+				require.Equal(t, fail(code, c.want, reason), write(t, s, 4, "5678"), "the pending Write is told")
+				require.Equal(t, fail(-1, c.want, reason), write(t, s, 8, "9"))
+				require.Equal(t, fail(-1, c.want, reason), do(t, s, "OTA.End", ""))
+				require.Equal(t, fail(-1, c.want, reason), do(t, s, "OTA.End", ""))
 				require.Contains(t, do(t, s, "OTA.Status", ""), `{"state": 2, "message": "`+strings.SplitN(c.want, " ", 2)[1]+`"`)
 				require.Equal(t, null, do(t, s, "OTA.Begin", ""), "the next update can start")
 				time.Sleep(2 * time.Minute)
@@ -239,15 +249,15 @@ func TestBeginRefused(t *testing.T) {
 		require.Equal(t, fail(400, want), begin(s, params))
 	}
 	d.state.Committed = false
-	require.Equal(t, fail(-1, "Update failed to start: the firmware is not committed yet"), begin(s, ""))
+	require.Equal(t, fail(-1, "Update failed to start: the firmware is not committed yet", "not-committed"), begin(s, ""))
 	d.state.Committed = true
 	d.busy = "snapshot"
-	require.Equal(t, fail(-1, "Update failed to start: rpcjson: snapshot is under way: another operation is in progress"), begin(s, ""))
+	require.Equal(t, fail(-1, "Update failed to start: rpcjson: snapshot is under way: another operation is in progress", "busy"), begin(s, ""))
 	d.busy = ""
 	d.pending = true
-	require.Equal(t, fail(-1, "Update failed to start: a reboot is pending"), begin(s, ""))
+	require.Equal(t, fail(-1, "Update failed to start: a reboot is pending", "reboot-pending"), begin(s, ""))
 	d.pending = false
-	require.Equal(t, fail(-1, "Update failed to start: rpcjson: updates are switched off: not supported on this device"),
+	require.Equal(t, fail(-1, "Update failed to start: rpcjson: updates are switched off: not supported on this device", "unsupported"),
 		begin(newTest(t, d, func(o *Options) { o.Open = nil }), ""))
 	require.Empty(t, d.log())
 	require.Equal(t, fail(-1, "Update not started"), do(t, s, "OTA.End", ""), "nothing was left open")

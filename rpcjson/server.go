@@ -676,7 +676,7 @@ func toError(err error) *Error {
 	case errors.As(err, &a):
 		return errorf(400, "%v", a)
 	}
-	return errorf(500, "%s", message(err))
+	return failed(500, "", err).(*Error)
 }
 
 // maxMessage bounds the message of an error, in bytes.

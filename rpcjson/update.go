@@ -22,10 +22,11 @@ type update struct {
 	push   *push // what u is part of; nil for OTA.Update
 	cancel context.CancelCauseFunc
 
-	done chan struct{} // closed at the end; then valid:
-	code int
-	text string
-	same bool // nothing was done: already running it
+	done   chan struct{} // closed at the end; then valid:
+	code   int
+	text   string
+	reason string
+	same   bool // nothing was done: already running it
 }
 
 func (u *update) over() bool {
@@ -48,7 +49,9 @@ func (u *update) percent(progress float64) int {
 
 // failure returns an error of the given code that tells the result of u, which is
 // over.
-func (u *update) failure(code int) error { return errorf(code, "%d %s", u.code, u.text) }
+func (u *update) failure(code int) error {
+	return &Error{Code: code, Message: fmt.Sprintf("%d %s", u.code, u.text), Reason: u.reason}
+}
 
 // errUpdateBusy is the refusal of an update while another is under way.
 var errUpdateBusy = fmt.Errorf("rpcjson: an update is under way: %w", ota.ErrBusy)
@@ -91,6 +94,7 @@ func (s *Server) install(u *update, o ota.UpdateOptions, anyway time.Duration, o
 		same, err := s.installNow(ctx, o, open)
 		u.same = same
 		u.code, u.text = outcome(err)
+		u.reason = reasonOf(err)
 		switch {
 		case err != nil:
 			s.log.Error("update failed", "code", u.code, "err", err)
@@ -180,7 +184,7 @@ func (s *Server) otaUpdate(ctx context.Context, r *Request) (any, error) {
 	}
 	switch err := s.install(u, o, rebootAnyway, open); {
 	case errors.Is(err, ota.ErrBusy):
-		return nil, errorf(-1, "Update is already in progress")
+		return nil, &Error{Code: -1, Message: "Update is already in progress", Reason: reasonOf(err)}
 	case err != nil:
 		return nil, failed(-1, "failed to start update", err)
 	}
@@ -190,7 +194,7 @@ func (s *Server) otaUpdate(ctx context.Context, r *Request) (any, error) {
 		return nil, ctx.Err()
 	}
 	if u.code != resultOK {
-		return nil, errorf(-1, "%s", u.text)
+		return nil, &Error{Code: -1, Message: u.text, Reason: u.reason}
 	}
 	if !u.same {
 		r.after = func() { s.rebootSooner(updateDelay) }

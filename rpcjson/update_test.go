@@ -113,9 +113,9 @@ func TestUpdateRefused(t *testing.T) {
 		require.Equal(t, want, do(t, s, "OTA.Update", params))
 	}
 	d.state.Committed = false
-	require.Equal(t, fail(-1, "failed to start update: the firmware is not committed yet"), do(t, s, "OTA.Update", `{"url":"https://h/"}`))
+	require.Equal(t, fail(-1, "failed to start update: the firmware is not committed yet", "not-committed"), do(t, s, "OTA.Update", `{"url":"https://h/"}`))
 	d.state.Committed, d.busy = true, "snapshot"
-	require.Equal(t, fail(-1, "Update is already in progress"), do(t, s, "OTA.Update", `{"url":"https://h/"}`))
+	require.Equal(t, fail(-1, "Update is already in progress", "busy"), do(t, s, "OTA.Update", `{"url":"https://h/"}`))
 	require.Empty(t, d.log())
 	require.Equal(t, statusText(0, "idle", true, 0), do(t, s, "OTA.Status", ""))
 }
@@ -137,7 +137,7 @@ func TestUpdateByFile(t *testing.T) {
 	})
 	require.Equal(t, fail(-1, "no such file"), do(t, s, "OTA.Update", `{"file":"x"}`))
 	d.errs["update"] = ota.ErrPlatform
-	require.Equal(t, fail(-1, "the image is for another platform"), do(t, s, "OTA.Update", `{"file":"fw.zip"}`))
+	require.Equal(t, fail(-1, "the image is for another platform", "platform"), do(t, s, "OTA.Update", `{"file":"fw.zip"}`))
 	delete(d.errs, "update")
 	d.update = func(context.Context, io.Reader) (ota.UpdateResult, error) { return ota.UpdateResult{Same: true}, nil }
 	require.Equal(t, `"result":true`, do(t, s, "OTA.Update", `{"file":"fw.zip"}`))
@@ -145,7 +145,7 @@ func TestUpdateByFile(t *testing.T) {
 	require.Equal(t, `"result":true`, do(t, s, "OTA.Update", ``), "the configured URL")
 	require.True(t, d.opts.IgnoreSameVersion)
 	require.Equal(t, "/default", string(d.got))
-	require.Equal(t, fail(-1, "failed to start update: a reboot is pending"), do(t, s, "OTA.Update", `{"file":"fw.zip"}`))
+	require.Equal(t, fail(-1, "failed to start update: a reboot is pending", "reboot-pending"), do(t, s, "OTA.Update", `{"file":"fw.zip"}`))
 	require.Contains(t, do(t, s, "OTA.Status", ""), `"state": 3`)
 }
 
@@ -166,7 +166,7 @@ func TestUpdateTakesLong(t *testing.T) {
 		defer cancel()
 		_, err := s.Call(ctx, testPeer, []byte(`{"id":1,"method":"OTA.Update","params":{"file":"x","timeout":30}}`))
 		require.ErrorIs(t, err, context.DeadlineExceeded)
-		require.Equal(t, fail(-1, "Update is already in progress"), do(t, s, "OTA.Update", `{"file":"x"}`))
+		require.Equal(t, fail(-1, "Update is already in progress", "busy"), do(t, s, "OTA.Update", `{"file":"x"}`))
 		require.Contains(t, do(t, s, "OTA.Status", ""), `"state": 1`)
 		time.Sleep(time.Hour)
 		require.Len(t, d.rebootTimes(), 1)
