@@ -1,14 +1,18 @@
 package rpcjson
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"net/http/httptest"
 	"regexp"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/slotota/ota"
 )
 
 // authVectors are what mos sends to a device that wants a password.
@@ -112,4 +116,131 @@ func TestAuthVectors(t *testing.T) {
 			}
 		})
 	}
+}
+
+// server starts an HTTP server for s.
+func server(t testing.TB, s *Server) string {
+	t.Helper()
+	srv := httptest.NewServer(s)
+	t.Cleanup(srv.Close)
+	return srv.URL
+}
+
+// frameLine is a channel for frames to s.
+type frameLine struct {
+	s    *Server
+	peer Peer
+	sent []string
+}
+
+func (l *frameLine) Close() error { return nil }
+func (l *frameLine) RoundTrip(ctx context.Context, frame []byte, _ int) ([]byte, error) {
+	l.sent = append(l.sent, string(frame))
+	return l.s.Call(ctx, l.peer, frame)
+}
+
+// Our client logs in where it is asked to, with the nonce it knows, and says what
+// is wrong where it cannot.
+func TestClientLogin(t *testing.T) {
+	for _, alg := range algorithms {
+		line, err := HashPassword(alg, "admin", "RPC", "secret")
+		require.NoError(t, err)
+		s := newTest(t, newFake(), withUsers(t, line, nil))
+		requests := 0
+		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			requests++
+			s.ServeHTTP(w, r)
+		}))
+		defer srv.Close()
+		c, err := Dial(t.Context(), srv.URL, &ClientOptions{User: "admin", Password: "secret"})
+		require.NoError(t, err)
+		defer c.Close()
+		for range 3 {
+			require.NoError(t, c.Call(t.Context(), "OTA.Begin", nil, nil))
+		}
+		require.Equal(t, 4, requests, "one challenge")
+		require.Empty(t, c.ch.(*httpChannel).login.d.user)
+
+		for _, o := range []*ClientOptions{nil, {User: "admin", Password: "wrong"}, {User: "nobody", Password: "secret"}, {Token: "x"}} {
+			requests = 0
+			c, err := Dial(t.Context(), srv.URL, o)
+			require.NoError(t, err)
+			defer c.Close()
+			err = c.Call(t.Context(), "OTA.Begin", nil, nil)
+			require.ErrorIs(t, err, ErrUnauthenticated)
+			require.LessOrEqual(t, requests, 2)
+		}
+
+		l := &frameLine{s: s, peer: Peer{Channel: "UART"}}
+		c = NewClient(l, &ClientOptions{User: "admin", Password: "secret"})
+		require.NoError(t, c.Call(t.Context(), "OTA.Commit", nil, nil))
+		require.Len(t, l.sent, 2)
+		l.sent = nil
+		err = c.Call(t.Context(), "OTA.Write", map[string]any{"offset": 1, "data": make([]byte, 3000)}, nil)
+		require.ErrorContains(t, err, "Expected offset 0, got 1")
+		require.Len(t, l.sent, 2, "a big frame goes once")
+		require.Contains(t, l.sent[0], "RPC.Ping")
+		c = NewClient(l, &ClientOptions{User: "admin", Password: "wrong"})
+		l.sent = nil
+		require.ErrorIs(t, c.Call(t.Context(), "OTA.Commit", nil, nil), ErrUnauthenticated)
+		require.Len(t, l.sent, 2)
+	}
+	_, err := Dial(t.Context(), "http://h", &ClientOptions{User: "a", Token: "b"})
+	require.ErrorIs(t, err, ota.ErrInvalid)
+}
+
+// A redirect, or a challenge of another host, gets nothing.
+func TestClientKeepsCredentials(t *testing.T) {
+	var seen []string
+	evil := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		seen = append(seen, r.Header.Get("Authorization"))
+	}))
+	defer evil.Close()
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") == "" {
+			w.Header().Set("WWW-Authenticate", `Digest qop="auth", realm="RPC", nonce="x"`)
+			w.WriteHeader(401)
+			return
+		}
+		http.Redirect(w, r, evil.URL, http.StatusTemporaryRedirect)
+	}))
+	defer srv.Close()
+	for _, o := range []*ClientOptions{{User: "admin", Password: "secret"}, {Token: "token"}} {
+		c, err := Dial(t.Context(), srv.URL, o)
+		require.NoError(t, err)
+		defer c.Close()
+		err = c.Call(t.Context(), "OTA.Status", nil, nil)
+		var e *Error
+		require.ErrorAs(t, err, &e)
+		require.Equal(t, 307, e.Code)
+		require.NotContains(t, err.Error(), "secret")
+	}
+	require.Empty(t, seen)
+}
+
+// Errors of a device are told by their meaning, whether it gives a reason or not.
+func TestErrorIs(t *testing.T) {
+	d := newFake()
+	c := NewClient(&frameLine{s: newTest(t, d, nil)}, nil)
+	for op, want := range map[string]error{"revert": ota.ErrCommitted, "commit": ota.ErrCommitted, "snapshot": ota.ErrNotCommitted, "setbootstate": ota.ErrUnverifiedSlot} {
+		d.errs[op] = &ota.Error{Op: "x", Slot: 1, Off: -1, Err: want}
+		method := map[string]string{"revert": "OTA.Revert", "commit": "OTA.Commit", "snapshot": "OTA.CreateSnapshot", "setbootstate": "OTA.SetBootState"}[op]
+		err := c.Call(t.Context(), method, map[string]int{"active_slot": 1}, nil)
+		require.ErrorIs(t, err, want)
+		require.NotErrorIs(t, err, ota.ErrBusy)
+	}
+	require.NoError(t, c.Call(t.Context(), "OTA.Begin", map[string]int{"size": 5}, nil))
+	require.ErrorIs(t, c.Call(t.Context(), "OTA.Begin", nil, nil), ota.ErrBusy)
+	require.ErrorIs(t, c.Call(t.Context(), "OTA.Update", map[string]string{"url": "https://h/"}, nil), ota.ErrBusy)
+	for text, want := range map[string]error{
+		"Update is already in progress": ota.ErrBusy, "Failed to init updater": ota.ErrBusy,
+		"Previous update has not been committed yet": ota.ErrNotCommitted,
+		"Signature verification failed":              ota.ErrUnverified, "-12 Invalid checksum": ota.ErrDigest,
+	} {
+		require.ErrorIs(t, &Error{Code: -1, Message: text}, want)
+		require.NotErrorIs(t, &Error{Code: -1, Message: text, Reason: "x"}, want, "the reason counts")
+		require.NotErrorIs(t, &Error{Code: -1, Message: text}, ota.ErrRollback)
+	}
+	require.ErrorIs(t, &Error{Code: 418}, ota.ErrRebootPending)
+	require.ErrorIs(t, &Error{Code: 403}, ErrForbidden)
 }

@@ -11,7 +11,10 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/slotota/ota"
@@ -48,6 +51,10 @@ type ClientOptions struct {
 	// Token is sent as HTTP bearer token (RFC 6750). Over plain http whoever
 	// listens can read it.
 	Token string
+	// User and Password answer a device that asks for a digest, in the header
+	// of HTTP or in frames. The password itself is never sent. They exclude
+	// Token.
+	User, Password string
 	// HTTPClient is used for http and https URLs, but follows no redirects. nil
 	// means one with a time limit for connecting, and without proxies from the
 	// environment.
@@ -64,8 +71,9 @@ type ClientOptions struct {
 // Client calls the methods of a device: one that is served by this package, or a
 // genuine one. Its methods may be called concurrently.
 type Client struct {
-	ch Channel
-	o  ClientOptions
+	ch   Channel
+	o    ClientOptions
+	asks atomic.Bool // the device wants digests in frames
 }
 
 // Dial returns a client for the device at rawURL:
@@ -74,8 +82,9 @@ type Client struct {
 //	https://HOST[:PORT][/PATH]   likewise
 //	unix:///PATH                 HTTP over the socket at PATH
 //
-// Nothing is sent yet. For other transports see [NewClient]. Errors wrap
-// [ota.ErrInvalid]. o may be nil.
+// Nothing is sent yet, and credentials never to another host, as redirects are not
+// followed. For other transports see [NewClient]. Errors wrap [ota.ErrInvalid]. o
+// may be nil.
 func Dial(_ context.Context, rawURL string, o *ClientOptions) (*Client, error) {
 	var opts ClientOptions
 	if o != nil {
@@ -110,8 +119,10 @@ func (c *Client) Close() error { return c.ch.Close() }
 // Call calls a method. params is encoded by encoding/json; nil sends none. The
 // result is decoded into result, unless that is nil.
 //
-// An error that the device answers is an *[Error], but code 0 is a success (as
-// old devices answer some calls). Others wrap [ErrNoReply], [ErrBadReply] or, if
+// An error that the device answers is an *[Error], which says by [errors.Is] what
+// error of package ota it stands for, such as [ota.ErrBusy], [ota.ErrNotCommitted]
+// or [ErrUnauthenticated]; but code 0 is a success (as old devices answer some
+// calls). Others wrap [ErrNoReply], [ErrBadReply] or, if
 // nothing was sent, [ota.ErrInvalid].
 func (c *Client) Call(ctx context.Context, method string, params, result any) error {
 	ctx, cancel := context.WithTimeout(ctx, c.o.Timeout)
@@ -121,46 +132,133 @@ func (c *Client) Call(ctx context.Context, method string, params, result any) er
 
 // call is Call without a time limit of its own.
 func (c *Client) call(ctx context.Context, method string, params, result any) error {
+	raw, err := c.authenticated(ctx, method, params)
+	if err == nil && result != nil && len(raw) > 0 {
+		if err = json.Unmarshal(raw, result); err != nil {
+			err = fmt.Errorf("%w: result: %w", ErrBadReply, err)
+		}
+	}
+	if e, ok := err.(*Error); ok {
+		if e.Code == -1 && e.Message == "" && (method == "OTA.Commit" || method == "OTA.Revert") {
+			e.Reason = reasonOf(ota.ErrCommitted) // that is how devices say it
+		}
+		return e
+	}
+	if err != nil {
+		err = fmt.Errorf("rpcjson: %s: %w", printable(method), err)
+	}
+	return err
+}
+
+// bigFrame is the size from which on a challenge is asked for separately, in bytes,
+// instead of sending the frame twice.
+const bigFrame = 1 << 10
+
+// authenticated calls a method, and again with a digest if the device asks for one.
+func (c *Client) authenticated(ctx context.Context, method string, params any) (json.RawMessage, error) {
 	// The largest id that every client and device takes for a number.
-	id := rand.Int64N(1<<40) + 1<<40
-	var frame bytes.Buffer
-	e := json.NewEncoder(&frame)
-	e.SetEscapeHTML(false) // old devices do not resolve escapes in URLs
-	req := request{Src: "ota", ID: id, Method: method, Params: params}
+	req := request{Src: "ota", ID: rand.Int64N(1<<40) + 1<<40, Method: method, Params: params}
 	if c.o.CompatArgs {
 		req.Params, req.Args = nil, params
 	}
-	if err := e.Encode(req); err != nil {
-		return fmt.Errorf("rpcjson: %s: parameters: %w: %w", printable(method), err, ota.ErrInvalid)
+	frame, err := req.encode()
+	if err != nil {
+		return nil, err
 	}
-	var b []byte
-	err := ctx.Err() // a channel may not look
-	if err == nil {
-		b, err = c.ch.RoundTrip(ctx, frame.Bytes(), c.o.MaxReply)
-	}
-	if err == nil {
-		var raw json.RawMessage
-		if raw, err = parseReply(b, id); err == nil && result != nil && len(raw) > 0 {
-			if err = json.Unmarshal(raw, result); err != nil {
-				err = fmt.Errorf("%w: result: %w", ErrBadReply, err)
-			}
+	if c.asks.Load() && len(frame) > bigFrame {
+		ping := request{Src: "ota", ID: rand.Int64N(1<<40) + 1<<40, Method: "RPC.Ping"}
+		b, err := ping.encode()
+		if err != nil {
+			return nil, err
 		}
-	} else if _, ok := err.(*Error); !ok && !errors.Is(err, ota.ErrTooLarge) {
+		_, err = c.roundTrip(ctx, b, ping.ID)
+		req.Auth = c.prove(err)
+	}
+	if req.Auth == nil {
+		raw, err := c.roundTrip(ctx, frame, req.ID)
+		if req.Auth = c.prove(err); req.Auth == nil {
+			return raw, err
+		}
+		c.asks.Store(true)
+	}
+	if frame, err = req.encode(); err != nil {
+		return nil, err
+	}
+	return c.roundTrip(ctx, frame, req.ID)
+}
+
+// roundTrip sends the frame of the call id and returns the result in its reply.
+func (c *Client) roundTrip(ctx context.Context, frame []byte, id int64) (raw json.RawMessage, err error) {
+	var b []byte
+	if err = ctx.Err(); err == nil { // a channel may not look
+		b, err = c.ch.RoundTrip(ctx, frame, c.o.MaxReply)
+	}
+	if err == nil {
+		return parseReply(b, id)
+	}
+	if _, ok := err.(*Error); !ok && !errors.Is(err, ota.ErrTooLarge) {
 		err = fmt.Errorf("%w: %w", ErrNoReply, err)
 	}
-	if _, ok := err.(*Error); ok || err == nil {
-		return err
+	return nil, err
+}
+
+// frameAuth is the member auth of a frame, in the order of mos.
+type frameAuth struct {
+	Realm     string      `json:"realm"`
+	User      string      `json:"username"`
+	Nonce     json.Number `json:"nonce"`
+	CNonce    json.Number `json:"cnonce"`
+	Algorithm Algorithm   `json:"algorithm"`
+	Response  string      `json:"response"`
+	Opaque    string      `json:"opaque,omitempty"`
+}
+
+// prove answers the challenge in err, nil if there is none or nothing to answer it
+// with.
+func (c *Client) prove(err error) *frameAuth {
+	e, ok := err.(*Error)
+	if !ok || e.Code != 401 || c.o.User == "" || len(e.Message) > maxAuthHeader {
+		return nil
 	}
-	return fmt.Errorf("rpcjson: %s: %w", printable(method), err)
+	var ch struct {
+		Type      string      `json:"auth_type"`
+		Nonce     json.Number `json:"nonce"`
+		Realm     string      `json:"realm"`
+		Algorithm string      `json:"algorithm"`
+		Opaque    string      `json:"opaque"`
+	}
+	if json.Unmarshal([]byte(e.Message), &ch) != nil || ch.Type != "digest" || ch.Nonce == "" {
+		return nil
+	}
+	a, known := parseAlgorithm(ch.Algorithm)
+	if !known {
+		return nil
+	}
+	d := digest{algorithm: a, user: c.o.User, realm: ch.Realm, nonce: ch.Nonce.String(), uri: frameURI, cnonce: randomNonce(), nc: "1"}
+	return &frameAuth{
+		Realm: ch.Realm, User: d.user, Nonce: ch.Nonce, CNonce: json.Number(d.cnonce), Algorithm: a, Opaque: ch.Opaque,
+		Response: d.answer(a.hash(d.user, d.realm, c.o.Password), frameMethod),
+	}
 }
 
 // request is a frame with its members in the order of mos.
 type request struct {
-	Src    string `json:"src"`
-	ID     int64  `json:"id"`
-	Method string `json:"method"`
-	Params any    `json:"params,omitempty"`
-	Args   any    `json:"args,omitempty"`
+	Src    string     `json:"src"`
+	ID     int64      `json:"id"`
+	Method string     `json:"method"`
+	Params any        `json:"params,omitempty"`
+	Auth   *frameAuth `json:"auth,omitempty"`
+	Args   any        `json:"args,omitempty"`
+}
+
+func (r *request) encode() ([]byte, error) {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false) // old devices do not resolve escapes in URLs
+	if err := e.Encode(r); err != nil {
+		return nil, fmt.Errorf("parameters: %w: %w", err, ota.ErrInvalid)
+	}
+	return b.Bytes(), nil
 }
 
 // parseReply returns the result in a reply to the call id.
@@ -186,7 +284,56 @@ func parseReply(b []byte, id int64) (json.RawMessage, error) {
 type httpChannel struct {
 	url    string
 	token  string
+	login  *headerLogin // nil without user
 	client *http.Client
+}
+
+// headerLogin answers the challenges of one device.
+type headerLogin struct {
+	user, password string
+
+	mu sync.Mutex
+	d  digest // of the last challenge; without nonce there was none
+	n  uint32 // how often it was answered
+}
+
+// header returns the header Authorization for a request, "" if no challenge is
+// known.
+func (l *headerLogin) header(method, uri string) string {
+	l.mu.Lock()
+	d := l.d
+	l.n++
+	n := l.n
+	l.mu.Unlock()
+	if d.nonce == "" {
+		return ""
+	}
+	d.user, d.uri, d.nc, d.cnonce = l.user, uri, fmt.Sprintf("%08x", n), randomNonce()
+	d.response = d.answer(d.algorithm.hash(l.user, d.realm, l.password), method)
+	return d.header()
+}
+
+// challenged takes over the best challenge of an answer 401. It returns false if
+// there is none that it understands.
+func (l *headerLogin) challenged(h http.Header) bool {
+	var best digest
+	for _, c := range h.Values("WWW-Authenticate") {
+		scheme, _, p, err := parseAuth(c)
+		a, known := parseAlgorithm(p["algorithm"])
+		qop := strings.Split(strings.ReplaceAll(p["qop"], " ", ""), ",")
+		if err != nil || scheme != "digest" || !known || p["nonce"] == "" || !slices.Contains(qop, "auth") {
+			continue
+		}
+		if best.nonce == "" || a == SHA256 && best.algorithm != SHA256 {
+			best = digest{algorithm: a, realm: p["realm"], nonce: p["nonce"], opaque: p["opaque"]}
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if best.nonce != l.d.nonce {
+		l.d, l.n = best, 0
+	}
+	return best.nonce != ""
 }
 
 func newHTTPChannel(rawURL string, o *ClientOptions) (*httpChannel, error) {
@@ -196,6 +343,9 @@ func newHTTPChannel(rawURL string, o *ClientOptions) (*httpChannel, error) {
 	}
 	if u.User != nil {
 		return nil, errors.New("credentials in the URL; they have an option of their own")
+	}
+	if o.Token != "" && o.User != "" {
+		return nil, errors.New("both a token and a user")
 	}
 	dialer := &net.Dialer{Timeout: 10 * time.Second}
 	t := &http.Transport{
@@ -231,7 +381,11 @@ func newHTTPChannel(rawURL string, o *ClientOptions) (*httpChannel, error) {
 	}
 	// A redirect would take the token, and the firmware, somewhere else.
 	c.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
-	return &httpChannel{url: u.String(), token: o.Token, client: c}, nil
+	h := &httpChannel{url: u.String(), token: o.Token, client: c}
+	if o.User != "" {
+		h.login = &headerLogin{user: o.User, password: o.Password}
+	}
+	return h, nil
 }
 
 func (h *httpChannel) Close() error {
@@ -240,17 +394,13 @@ func (h *httpChannel) Close() error {
 }
 
 func (h *httpChannel) RoundTrip(ctx context.Context, frame []byte, max int) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, h.url, bytes.NewReader(frame))
-	if err != nil {
-		return nil, err
+	res, err := h.post(ctx, frame)
+	if err == nil && res.StatusCode == http.StatusUnauthorized && h.login != nil && h.login.challenged(res.Header) {
+		// At the first call, and when the nonce has become too old.
+		_, _ = io.Copy(io.Discard, io.LimitReader(res.Body, maxAuthHeader)) // to use the connection again
+		res.Body.Close()
+		res, err = h.post(ctx, frame)
 	}
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("Connection", "keep-alive") // devices close otherwise
-	req.Header.Set("User-Agent", "ota")
-	if h.token != "" {
-		req.Header.Set("Authorization", "Bearer "+h.token)
-	}
-	res, err := h.client.Do(req)
 	if err != nil {
 		var ue *url.Error
 		if errors.As(err, &ue) {
@@ -270,12 +420,32 @@ func (h *httpChannel) RoundTrip(ctx context.Context, frame []byte, max int) ([]b
 	}
 	e := &Error{Code: res.StatusCode}
 	if json.Unmarshal(b, e) != nil || e.Code == 0 {
-		e.Code, e.Message = res.StatusCode, "HTTP status "+res.Status
+		*e = Error{Code: res.StatusCode, Message: "HTTP status " + res.Status}
 		if text := strings.TrimSpace(string(b)); text != "" {
 			e.Message += ": " + printable(text)
 		}
 	}
 	return nil, e
+}
+
+// post sends a frame once.
+func (h *httpChannel) post(ctx context.Context, frame []byte) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, h.url, bytes.NewReader(frame))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("Connection", "keep-alive") // devices close otherwise
+	req.Header.Set("User-Agent", "ota")
+	switch {
+	case h.token != "":
+		req.Header.Set("Authorization", "Bearer "+h.token)
+	case h.login != nil:
+		if a := h.login.header(req.Method, req.URL.RequestURI()); a != "" {
+			req.Header.Set("Authorization", a)
+		}
+	}
+	return h.client.Do(req)
 }
 
 // dialFailed reports whether err says that the call was never sent.
