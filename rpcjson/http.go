@@ -222,16 +222,27 @@ func (s *Server) servePost(w http.ResponseWriter, r *http.Request, name string) 
 	}
 }
 
+// getAllowed returns the error to be answered if a method may not be called by GET.
+func (s *Server) getAllowed(r *http.Request, name string) *Error {
+	m := s.method(name)
+	switch {
+	case m == nil || m.right == Read:
+		return nil
+	case !slices.ContainsFunc(s.o.AllowGET, func(a string) bool { return strings.EqualFold(a, m.name) }):
+		return errorf(405, "use POST")
+	}
+	return s.checkReferer(r)
+}
+
 func (s *Server) serveGet(w http.ResponseWriter, r *http.Request, name string) {
-	if m := s.method(name); m != nil && m.right != Read {
-		if !slices.ContainsFunc(s.o.AllowGET, func(a string) bool { return strings.EqualFold(a, m.name) }) {
-			s.refuseMethod(w)
-			return
-		}
-		if e := s.checkReferer(r); e != nil {
-			s.deny(w, r, e)
-			return
-		}
+	switch e := s.getAllowed(r, name); {
+	case e == nil:
+	case e.Code == http.StatusMethodNotAllowed:
+		s.refuseMethod(w)
+		return
+	default:
+		s.deny(w, r, e)
+		return
 	}
 	f := frame{method: name}
 	if len(r.URL.RawQuery) > s.o.MaxFrame {

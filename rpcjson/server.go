@@ -521,6 +521,11 @@ func (s *Server) parse(b []byte) (frame, error) {
 // It returns the result or the error to be answered, and what to do after that,
 // or an error if there is nothing to be answered.
 func (s *Server) call(ctx context.Context, peer *Peer, f *frame) (result []byte, after func(), callErr *Error, err error) {
+	return s.callMethod(ctx, peer, f, s.method(f.method))
+}
+
+// callMethod is call for a method that need not be registered; nil is no method.
+func (s *Server) callMethod(ctx context.Context, peer *Peer, f *frame, m *method) (result []byte, after func(), callErr *Error, err error) {
 	defer s.release()
 	s.mu.Lock()
 	closed, due := s.closed, s.due
@@ -532,7 +537,6 @@ func (s *Server) call(ctx context.Context, peer *Peer, f *frame) (result []byte,
 	if closed {
 		return nil, nil, nil, ErrClosed
 	}
-	m := s.method(f.method)
 	if m == nil {
 		if !s.o.NoAuth {
 			if e := s.limits.take(peer.key(), false); e != nil {
