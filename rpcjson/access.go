@@ -118,6 +118,9 @@ func NewAccess(o AccessOptions) (*Access, error) {
 	return a, nil
 }
 
+// ForgetNonces makes all nonces issued so far invalid, as if they had become too old.
+func (a *Access) ForgetNonces() { a.nonces.reset() }
+
 // denial is a refusal by Access.
 type denial struct {
 	err    error

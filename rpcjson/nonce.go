@@ -29,10 +29,10 @@ const (
 // clients may hold in a double (2^53): a one, 8 bits of the time in seconds, 12
 // bits of a counter and 32 bits of the MAC, which covers the whole time.
 type nonces struct {
-	key   [32]byte
 	start time.Time // the monotonic clock: setting the date changes nothing
 
 	mu    sync.Mutex
+	key   [32]byte
 	n     uint64
 	used  map[string]*use
 	floor time.Duration // older ones are no longer told from used ones
@@ -54,6 +54,14 @@ func newNonces() *nonces {
 	return n
 }
 
+// reset makes all nonces issued so far invalid.
+func (n *nonces) reset() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	_, _ = rand.Read(n.key[:]) // never fails
+	clear(n.used)
+}
+
 func (n *nonces) next() (age time.Duration, number uint64) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -63,7 +71,10 @@ func (n *nonces) next() (age time.Duration, number uint64) {
 
 // mac authenticates a nonce of the given kind for peer.
 func (n *nonces) mac(kind byte, issued, number uint64, peer string) []byte {
-	h := hmac.New(sha256.New, n.key[:])
+	n.mu.Lock()
+	key := n.key
+	n.mu.Unlock()
+	h := hmac.New(sha256.New, key[:])
 	b := []byte{kind}
 	b = binary.BigEndian.AppendUint64(b, issued)
 	b = binary.BigEndian.AppendUint64(b, number)
