@@ -118,14 +118,6 @@ func TestAuthVectors(t *testing.T) {
 	}
 }
 
-// server starts an HTTP server for s.
-func server(t testing.TB, s *Server) string {
-	t.Helper()
-	srv := httptest.NewServer(s)
-	t.Cleanup(srv.Close)
-	return srv.URL
-}
-
 // frameLine is a channel for frames to s.
 type frameLine struct {
 	s    *Server

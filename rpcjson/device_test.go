@@ -34,7 +34,10 @@ type board struct {
 	resets chan struct{}
 }
 
-func newBoard(t *testing.T) *board {
+func newBoard(t *testing.T) *board { return newBoardFor(t, nil) }
+
+// newBoardFor returns a board that asks auth who may call; nil lets everybody.
+func newBoardFor(t *testing.T, auth rpcjson.Authorizer) *board {
 	b := &board{t: t, resets: make(chan struct{}, 1)}
 	for range 2 {
 		var s ota.Slot
@@ -59,7 +62,7 @@ func newBoard(t *testing.T) *board {
 	require.NoError(t, err)
 	policy := &bundle.Policy{AllowUnsigned: true, AllowSHA1: true}
 	b.srv, err = rpcjson.New(b.dev, rpcjson.Options{
-		ID: "esp32_123456", NoAuth: true, Fetch: &fetch.Policy{AllowHTTP: true, AllowLoopback: true},
+		ID: "esp32_123456", Authorizer: auth, NoAuth: auth == nil, Fetch: &fetch.Policy{AllowHTTP: true, AllowLoopback: true},
 		Open: func(ctx context.Context, r io.Reader) (ota.Image, error) { return policy.Image(ctx, r) },
 	})
 	require.NoError(t, err)
@@ -73,7 +76,7 @@ func (b *board) call(method, params string) string {
 	if params == "" {
 		params = "null"
 	}
-	reply, err := b.srv.Call(b.t.Context(), rpcjson.Peer{Channel: "loopback"}, []byte(`{"id":1,"method":"`+method+`","params":`+params+`}`))
+	reply, err := b.srv.Call(b.t.Context(), rpcjson.Peer{Channel: "loopback", User: "test"}, []byte(`{"id":1,"method":"`+method+`","params":`+params+`}`))
 	require.NoError(b.t, err)
 	rest, ok := strings.CutPrefix(string(reply), `{"id":1,"src":"esp32_123456",`)
 	require.True(b.t, ok, "%s", reply)

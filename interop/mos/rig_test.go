@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"github.com/mongoose-os/mos/cli/dev"
+	"github.com/mongoose-os/mos/cli/rpccreds"
+	"github.com/mongoose-os/mos/common/mgrpc/codec"
 	"github.com/mongoose-os/mos/common/mgrpc/frame"
 	"github.com/stretchr/testify/require"
 
@@ -58,6 +60,8 @@ type rig struct {
 // rigOptions configure a rig. The zero value accepts unsigned bundles.
 type rigOptions struct {
 	policy *bundle.Policy
+	// auth decides who may call; nil lets everybody.
+	auth rpcjson.Authorizer
 	// timeout is the client's flag of that name; 0 means deadline.
 	timeout time.Duration
 	// fault says what happens to a request.
@@ -189,11 +193,12 @@ func (d *rig) boot(ctx context.Context, l net.Listener, started func()) error {
 		version, buildID = st.Version, st.BuildID
 	}
 	srv, err := rpcjson.New(device, rpcjson.Options{
-		ID:     "esp32_123456",
-		Info:   rpcjson.Info{App: "demo", Platform: "esp32", Version: version, BuildID: buildID, MAC: "240AC4123456", OSVersion: "2.20.0"},
-		Open:   d.opt.policy.Image,
-		NoAuth: true,
-		Fetch:  &fetch.Policy{AllowHTTP: true, AllowLoopback: true},
+		ID:         "esp32_123456",
+		Info:       rpcjson.Info{App: "demo", Platform: "esp32", Version: version, BuildID: buildID, MAC: "240AC4123456", OSVersion: "2.20.0"},
+		Open:       d.opt.policy.Image,
+		NoAuth:     d.opt.auth == nil,
+		Authorizer: d.opt.auth,
+		Fetch:      &fetch.Policy{AllowHTTP: true, AllowLoopback: true},
 		OpenFile: func(name string) (io.ReadCloser, error) {
 			return os.OpenInRoot(testdata, name)
 		},
@@ -281,7 +286,9 @@ func (d *rig) connect() *dev.MosDevConn {
 	d.t.Helper()
 	c := &dev.Client{Timeout: d.opt.timeout}
 	// The context ends the client's receive loop.
-	conn, err := c.CreateDevConn(d.t.Context(), d.url(), false)
+	conn, err := c.CreateDevConnWithOpts(d.t.Context(), d.url(), false, nil, &codec.Options{
+		HTTPOut: codec.OutboundHTTPCodecOptions{GetCredsCallback: rpccreds.GetRPCCreds}, // as the command does
+	})
 	require.NoError(d.t, err)
 	d.t.Cleanup(func() { conn.RPC.Disconnect(context.Background()) })
 	return conn
