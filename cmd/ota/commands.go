@@ -309,7 +309,8 @@ func man(*flag.FlagSet) func(context.Context, *env, []string) error {
 
 var variables = [][2]string{
 	{"OTA_DEVICE", "URL of the device, in place of -device."},
-	{"OTA_TOKEN", "Bearer token for the device, in place of -token-file."},
+	{"OTA_TOKEN", "Bearer token for the device, in place of -token-file; not used with a user."},
+	{"OTA_PASSWORD", "Password of -user for the device, in place of -password-file."},
 	{"SOURCE_DATE_EPOCH", "Time of the build for ota create, in seconds since 1970."},
 	{"NO_COLOR", "If not empty, there are no colours."},
 }

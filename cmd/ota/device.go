@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"os"
 	"strings"
 	"time"
@@ -20,15 +21,19 @@ import (
 
 // deviceFlags say which device a command talks to, and how.
 type deviceFlags struct {
-	url, tokenFile, ca string
-	timeout, try       time.Duration
-	compat, asJSON     bool
+	url, tokenFile, user, passwordFile, ca, cert, key string
+	timeout, try                                      time.Duration
+	compat, asJSON                                    bool
 }
 
 func (d *deviceFlags) define(fs *flag.FlagSet) {
 	fs.StringVar(&d.url, "device", "", "`URL` of the device: [http://]HOST[:PORT], https://HOST, unix:///PATH; else OTA_DEVICE")
 	fs.StringVar(&d.tokenFile, "token-file", "", "`file` with the bearer token for the device; else OTA_TOKEN")
+	fs.StringVar(&d.user, "user", "", "`name` to log in with, by digest; also as http://NAME@HOST")
+	fs.StringVar(&d.passwordFile, "password-file", "", "`file` with the password of -user; else OTA_PASSWORD")
 	fs.StringVar(&d.ca, "ca", "", "`file` with the certificates to trust in place of the system's")
+	fs.StringVar(&d.cert, "cert", "", "`file` with a certificate for this client, and perhaps its key, in PEM form")
+	fs.StringVar(&d.key, "key", "", "`file` with the key of -cert; else it is in the same file")
 	fs.DurationVar(&d.timeout, "call-timeout", rpcjson.DefaultCallTimeout, "`time` for one call")
 	fs.DurationVar(&d.try, "try", 0, "keep trying to reach the device for this `time`")
 	fs.BoolVar(&d.compat, "compat-args", false, "send parameters as args, for the oldest devices")
@@ -52,24 +57,17 @@ func (d *deviceFlags) dial(ctx context.Context, e *env) (*device, error) {
 	if !strings.Contains(target, "://") {
 		target = "http://" + target
 	}
-	o := &rpcjson.ClientOptions{Timeout: d.timeout, CompatArgs: d.compat, Token: e.getenv("OTA_TOKEN")}
-	if d.tokenFile != "" {
-		b, err := os.ReadFile(d.tokenFile)
-		if err != nil {
-			return nil, err
-		}
-		o.Token = strings.TrimSpace(string(b))
+	o := &rpcjson.ClientOptions{Timeout: d.timeout, CompatArgs: d.compat}
+	target, err := d.credentials(e, target, o)
+	if err != nil {
+		return nil, err
 	}
-	if d.ca != "" {
-		b, err := os.ReadFile(d.ca)
+	if d.ca != "" || d.cert != "" {
+		c, err := d.tls()
 		if err != nil {
 			return nil, err
 		}
-		pool := x509.NewCertPool()
-		if !pool.AppendCertsFromPEM(b) {
-			return nil, usagef("%s: no certificates in PEM form", d.ca)
-		}
-		o.HTTPClient = &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}}
+		o.HTTPClient = &http.Client{Transport: &http.Transport{TLSClientConfig: c}}
 	}
 	c, err := rpcjson.Dial(ctx, target, o)
 	if err != nil {
@@ -84,6 +82,78 @@ func (d *deviceFlags) dial(ctx context.Context, e *env) (*device, error) {
 		}
 	}
 	return &device{c, e}, nil
+}
+
+// credentials fills in what the device is to be shown, and returns its URL without.
+func (d *deviceFlags) credentials(e *env, target string, o *rpcjson.ClientOptions) (string, error) {
+	u, err := url.Parse(target)
+	if err == nil && u.User != nil {
+		if d.user != "" {
+			return "", usagef("-user, and a user in the URL")
+		}
+		o.User = u.User.Username()
+		o.Password, _ = u.User.Password()
+		u.User = nil
+		target = u.String()
+	}
+	if d.user != "" {
+		o.User = d.user
+	}
+	switch {
+	case o.User != "" && d.tokenFile != "":
+		return "", usagef("-user and -token-file exclude each other")
+	case o.User == "" && d.passwordFile != "":
+		return "", usagef("-password-file needs -user")
+	case d.passwordFile != "":
+		o.Password, err = secret(d.passwordFile)
+		return target, err
+	case o.User != "":
+		if o.Password == "" {
+			o.Password = e.getenv("OTA_PASSWORD")
+		}
+		if o.Password == "" {
+			return "", usagef("no password for %s: give -password-file, or set OTA_PASSWORD", ota.Quote(o.User))
+		}
+	case d.tokenFile != "":
+		o.Token, err = secret(d.tokenFile)
+		return target, err
+	default:
+		o.Token = e.getenv("OTA_TOKEN")
+	}
+	return target, nil
+}
+
+// secret reads a file that holds one.
+func secret(name string) (string, error) {
+	b, err := os.ReadFile(name)
+	return strings.TrimSpace(string(b)), err
+}
+
+// tls returns how to talk to a device by https.
+func (d *deviceFlags) tls() (*tls.Config, error) {
+	c := &tls.Config{MinVersion: tls.VersionTLS12}
+	if d.ca != "" {
+		b, err := os.ReadFile(d.ca)
+		if err != nil {
+			return nil, err
+		}
+		c.RootCAs = x509.NewCertPool()
+		if !c.RootCAs.AppendCertsFromPEM(b) {
+			return nil, usagef("%s: no certificates in PEM form", d.ca)
+		}
+	}
+	if d.cert != "" {
+		key := d.key
+		if key == "" {
+			key = d.cert
+		}
+		cert, err := tls.LoadX509KeyPair(d.cert, key)
+		if err != nil {
+			return nil, usagef("-cert: %w", err)
+		}
+		c.Certificates = []tls.Certificate{cert}
+	}
+	return c, nil
 }
 
 func sleep(ctx context.Context, d time.Duration) error {
@@ -137,8 +207,7 @@ func deviceCommand(fs *flag.FlagSet, hi int, run func(context.Context, *device, 
 // nothing turns the error without a message, which devices answer when there is
 // nothing to commit or revert, into one that says so.
 func nothing(err error, what string) error {
-	var remote *rpcjson.Error
-	if errors.As(err, &remote) && remote.Code == -1 && remote.Message == "" {
+	if errors.Is(err, ota.ErrCommitted) {
 		return fail(exitNothing, "", "there is nothing to %s: the firmware is committed", what)
 	}
 	return err

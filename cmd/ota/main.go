@@ -15,7 +15,6 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"slices"
-	"strings"
 	"syscall"
 
 	"github.com/slotota/ota"
@@ -236,25 +235,25 @@ func classify(err error) (code int, hint string) {
 var untrusted = []error{trust.ErrFormat, trust.ErrTooLarge, trust.ErrRecord, trust.ErrSignature, trust.ErrText,
 	trust.ErrUnsigned, trust.ErrVersion, trust.ErrFork, trust.ErrExpired}
 
-// classifyRemote knows the texts of devices of all kinds.
+// classifyRemote knows the errors of devices of all kinds.
 func classifyRemote(e *rpcjson.Error) (code int, hint string) {
-	has := func(parts ...string) bool {
-		return slices.ContainsFunc(parts, func(p string) bool { return strings.Contains(strings.ToLower(e.Message), p) })
+	is := func(targets ...error) bool {
+		return slices.ContainsFunc(targets, func(t error) bool { return errors.Is(e, t) })
 	}
 	switch {
 	case e.Code == 401:
-		return exitFailed, "give a token: -token-file, or OTA_TOKEN"
+		return exitFailed, "give a token (-token-file, or OTA_TOKEN), or a user (-user, and OTA_PASSWORD)"
 	case e.Code == 403:
 		return exitFailed, "the device does not allow this to you, or does not know itself by this host name"
 	case e.Code == 404:
 		return exitFailed, "ota call RPC.List lists what the device can"
-	case e.Code == 418 || has("reboot is pending"):
+	case is(ota.ErrRebootPending):
 		return exitBusy, "wait until it has rebooted: ota status"
-	case has("not committed", "timeout has expired", "not been committed", "uncommitted"):
+	case is(ota.ErrNotCommitted, ota.ErrExpired):
 		return exitUncommitted, "decide about the firmware on trial first: ota commit, or ota revert"
-	case has("in progress", "under way", "failed to init updater"):
+	case is(ota.ErrBusy):
 		return exitBusy, "wait for it (ota status -follow), or end it (ota call OTA.End)"
-	case has("signature", "checksum", "digest", "crc", "not authenticated", "not signed", "security version"):
+	case is(ota.ErrUnverified, ota.ErrDigest, ota.ErrRollback, ota.ErrStep):
 		return exitVerify, ""
 	}
 	return exitFailed, ""

@@ -176,3 +176,49 @@ func (w *sizeWriter) Write(p []byte) (int, error) {
 	*w.sizes = append(*w.sizes, len(p))
 	return w.ResponseRecorder.Write(p)
 }
+
+// Credentials come from the URL, flags or the environment, but not from two of
+// them, and do not stay in the URL.
+func TestCredentials(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "secret")
+	require.NoError(t, os.WriteFile(file, []byte(" from file\n"), 0o600))
+	vars := map[string]string{"OTA_PASSWORD": "pv", "OTA_TOKEN": "tv"}
+	for _, c := range []struct {
+		target string
+		d      deviceFlags
+		none   bool // no variables
+		want   rpcjson.ClientOptions
+		url    string // "" for an error
+	}{
+		{"http://h/x", deviceFlags{}, true, rpcjson.ClientOptions{}, "http://h/x"},
+		{"http://h", deviceFlags{}, false, rpcjson.ClientOptions{Token: "tv"}, "http://h"},
+		{"http://h", deviceFlags{tokenFile: file}, false, rpcjson.ClientOptions{Token: "from file"}, "http://h"},
+		{"http://h", deviceFlags{user: "u"}, false, rpcjson.ClientOptions{User: "u", Password: "pv"}, "http://h"},
+		{"http://u@h", deviceFlags{}, false, rpcjson.ClientOptions{User: "u", Password: "pv"}, "http://h"},
+		{"http://u:p%40@h:1/rpc?x", deviceFlags{}, false, rpcjson.ClientOptions{User: "u", Password: "p@"}, "http://h:1/rpc?x"},
+		{"unix://u:p@/tmp/s", deviceFlags{}, false, rpcjson.ClientOptions{User: "u", Password: "p"}, "unix:///tmp/s"},
+		{"http://u:p@h", deviceFlags{passwordFile: file}, false, rpcjson.ClientOptions{User: "u", Password: "from file"}, "http://h"},
+		{"http://u:p@h", deviceFlags{user: "v"}, false, rpcjson.ClientOptions{}, ""},
+		{"http://u@h", deviceFlags{}, true, rpcjson.ClientOptions{}, ""},
+		{"http://u:p@h", deviceFlags{tokenFile: file}, false, rpcjson.ClientOptions{}, ""},
+		{"http://h", deviceFlags{passwordFile: file}, false, rpcjson.ClientOptions{}, ""},
+		{"http://h", deviceFlags{tokenFile: file + "x"}, false, rpcjson.ClientOptions{}, ""},
+	} {
+		e := &env{getenv: func(k string) string {
+			if c.none {
+				return ""
+			}
+			return vars[k]
+		}}
+		var o rpcjson.ClientOptions
+		url, err := c.d.credentials(e, c.target, &o)
+		if c.url == "" {
+			require.Error(t, err, c.target)
+			require.NotContains(t, err.Error(), ":p@")
+			continue
+		}
+		require.NoError(t, err, c.target)
+		require.Equal(t, c.url, url)
+		require.Equal(t, c.want, o, c.target)
+	}
+}

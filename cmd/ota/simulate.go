@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"crypto/subtle"
 	"flag"
 	"fmt"
 	"io/fs"
@@ -27,11 +25,11 @@ import (
 // simulation is a device whose flash is files: the slots, and three copies of the
 // boot record.
 type simulation struct {
-	dir, listen, platform, product, unhealthy, tokenFile string
-	parts                                                list
-	slotCount                                            int
-	pf                                                   policyFlags
-	verbose                                              bool
+	dir, listen, platform, product, unhealthy, tokenFile, passwords string
+	parts                                                           list
+	slotCount                                                       int
+	pf                                                              policyFlags
+	verbose                                                         bool
 
 	e      *env
 	policy *bundle.Policy
@@ -50,7 +48,8 @@ func simulate(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 	fs.Var(&s.parts, "part", "a part of each slot: `NAME=SIZE`; else app=8M and fs=2M. Their sizes must stay as they are")
 	fs.IntVar(&s.slotCount, "slots", 2, "how many slots there are: `N`")
 	fs.StringVar(&s.unhealthy, "unhealthy", "", "`version` whose health check fails, so that it is rolled back")
-	fs.StringVar(&s.tokenFile, "token-file", "", "`file` with the bearer token that clients must send; needed off loopback")
+	fs.StringVar(&s.tokenFile, "token-file", "", "`file` with the bearer token that clients must send; it or -passwords is needed off loopback")
+	fs.StringVar(&s.passwords, "passwords", "", "`file` with the users that clients must log in as, made by htdigest, realm RPC")
 	fs.BoolVar(&s.verbose, "v", false, "log what the library logs")
 	s.pf.define(fs)
 	return func(ctx context.Context, e *env, args []string) error {
@@ -89,16 +88,10 @@ func (s *simulation) prepare() (err error) {
 	if s.verbose {
 		s.log = slog.New(slog.NewTextHandler(s.e.stderr, nil))
 	}
-	if s.tokenFile != "" {
-		b, err := os.ReadFile(s.tokenFile)
-		if err != nil {
+	if s.tokenFile != "" || s.passwords != "" {
+		if s.auth, err = s.access(); err != nil {
 			return err
 		}
-		token := strings.TrimSpace(string(b))
-		if len(token) < 16 {
-			return usagef("%s: a token needs 16 characters", s.tokenFile)
-		}
-		s.auth = bearer(sha256.Sum256([]byte(token)))
 	} else if _, err := s.loopback(); err != nil {
 		return err
 	}
@@ -138,7 +131,7 @@ func (s *simulation) loopback() (bool, error) {
 		return false, usagef("-listen %s: need HOST:PORT or unix:///PATH", ota.Quote(s.listen))
 	}
 	if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
-		return false, fail(exitUsage, "127.0.0.1 needs none", "-listen %s: everybody can reach that, so it needs a -token-file", ota.Quote(s.listen))
+		return false, fail(exitUsage, "127.0.0.1 needs none", "-listen %s: everybody can reach that, so it needs a -token-file or -passwords", ota.Quote(s.listen))
 	}
 	return true, nil
 }
@@ -238,7 +231,11 @@ func (s *simulation) boot(ctx context.Context) error {
 	} else {
 		s.e.printf("%s\n", s.listen)
 	}
-	web := &http.Server{Handler: srv, ReadHeaderTimeout: 10 * time.Second}
+	mux := http.NewServeMux()
+	mux.Handle("/", srv)
+	mux.Handle("/update", srv.UpdateHandler())
+	mux.Handle("/update/", srv.UpdateHandler())
+	web := rpcjson.NewHTTPServer(mux)
 	watching, cancel := context.WithCancel(ctx)
 	served := make(chan error, 1)
 	var wg sync.WaitGroup
@@ -271,18 +268,28 @@ func (s *simulation) event(e ota.Event) {
 	}
 }
 
-// bearer lets those do everything whose token has this SHA-256.
-type bearer [sha256.Size]byte
-
-func (b bearer) Authorize(_ context.Context, peer *rpcjson.Peer, _ string, _ rpcjson.Right) error {
-	if peer.Request != nil {
-		if token, ok := strings.CutPrefix(peer.Request.Header.Get("Authorization"), "Bearer "); ok {
-			// Hashes, so that the time of the comparison tells nothing.
-			sum := sha256.Sum256([]byte(token))
-			if subtle.ConstantTimeCompare(sum[:], b[:]) == 1 {
-				return nil
-			}
+// access lets users do everything.
+func (s *simulation) access() (*rpcjson.Access, error) {
+	o := rpcjson.AccessOptions{AllowPlainTokens: true}
+	if s.tokenFile != "" {
+		token, err := secret(s.tokenFile)
+		if err != nil {
+			return nil, err
+		}
+		if len(token) < 16 {
+			return nil, usagef("%s: a token needs 16 characters", s.tokenFile)
+		}
+		o.Tokens = []rpcjson.Token{{User: "token", Hash: rpcjson.HashToken(token)}}
+	}
+	if s.passwords != "" {
+		f, err := os.Open(s.passwords)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		if o.Passwords, err = rpcjson.ParsePasswords(f, "RPC"); err != nil {
+			return nil, usagef("%s: %w", s.passwords, err)
 		}
 	}
-	return fmt.Errorf("no valid bearer token: %w", rpcjson.ErrUnauthenticated)
+	return rpcjson.NewAccess(o)
 }

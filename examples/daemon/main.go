@@ -17,8 +17,6 @@ package main
 import (
 	"context"
 	"crypto/ecdsa"
-	"crypto/sha256"
-	"crypto/subtle"
 	"errors"
 	"flag"
 	"fmt"
@@ -148,20 +146,26 @@ func run(ctx context.Context, c config, l net.Listener) error {
 	if err != nil {
 		return err
 	}
+	access, err := rpcjson.NewAccess(rpcjson.AccessOptions{
+		Tokens: []rpcjson.Token{{User: "operator", Hash: rpcjson.HashToken(secret)}},
+	})
+	if err != nil {
+		return err
+	}
 	policy := &bundle.Policy{Keys: []*ecdsa.PublicKey{key}}
 	host, _ := os.Hostname()
 	srv, err := rpcjson.New(dev, rpcjson.Options{
 		ID:         "ota-" + host,
 		Info:       rpcjson.Info{App: "daemon", Version: version, Platform: c.platform},
 		Open:       policy.Image,
-		Authorizer: bearer(sha256.Sum256([]byte(secret))),
+		Authorizer: access,
 		AllowHosts: []string{host},
 		Logger:     c.log,
 	})
 	if err != nil {
 		return err
 	}
-	web := &http.Server{Handler: srv, ReadHeaderTimeout: 10 * time.Second}
+	web := rpcjson.NewHTTPServer(srv)
 
 	serving, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -227,26 +231,3 @@ func healthy(ctx context.Context, url string) error {
 		}
 	}
 }
-
-// bearer lets those do everything whose token has this SHA-256.
-type bearer [sha256.Size]byte
-
-func (b bearer) Authorize(_ context.Context, peer *rpcjson.Peer, _ string, _ rpcjson.Right) error {
-	if peer.Request != nil {
-		if token, ok := strings.CutPrefix(peer.Request.Header.Get("Authorization"), "Bearer "); ok {
-			// Hashes, so that the time of the comparison tells nothing.
-			sum := sha256.Sum256([]byte(token))
-			if subtle.ConstantTimeCompare(sum[:], b[:]) == 1 {
-				return nil
-			}
-		}
-	}
-	return challenge{}
-}
-
-// challenge is the refusal that tells HTTP clients how to do it.
-type challenge struct{}
-
-func (challenge) Error() string           { return "no valid bearer token" }
-func (challenge) Unwrap() error           { return rpcjson.ErrUnauthenticated }
-func (challenge) WWWAuthenticate() string { return "Bearer" }

@@ -159,7 +159,7 @@ func TestUpdate(t *testing.T) {
 		for _, method := range []string{"OTA.GetBootState", "OTA.Begin", "OTA.Update", "OTA.Commit"} {
 			res, body := call(t, url, token, method, nil)
 			require.Equal(t, http.StatusUnauthorized, res.StatusCode, "%s with %q: %s", method, token, body)
-			require.Equal(t, "Bearer", res.Header.Get("WWW-Authenticate"))
+			require.Equal(t, `Bearer realm="RPC"`, res.Header.Get("WWW-Authenticate"))
 		}
 	}
 	require.JSONEq(t, `{"active_slot": 0, "is_committed": true, "revert_slot": -1, "commit_timeout": 0}`, must(t, url, "OTA.GetBootState", nil))

@@ -149,7 +149,7 @@ func (d *device) boot(ctx context.Context) error {
 		return err
 	}
 	d.listen, d.addr = l.Addr().String(), callable(*l.Addr().(*net.TCPAddr))
-	web := &http.Server{Handler: srv, ReadHeaderTimeout: 10 * time.Second}
+	web := rpcjson.NewHTTPServer(srv)
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { web.Serve(l) })
