@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"testing/synctest"
@@ -380,6 +381,35 @@ func TestGuessing(t *testing.T) {
 		require.Contains(t, string(b), `"error":{"code":429,"message":"too many requests without authorization"}`)
 		w := try(s, "POST", "/rpc", good, func(r *http.Request) { r.RemoteAddr = "10.0.0.4:1" })
 		require.Equal(t, 401, w.Code, "another peer")
+	})
+}
+
+// Guesses that come all at once are no more than those in a row.
+func TestGuessingAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var asked atomic.Int32
+		s := newTest(t, newFake(), func(o *Options) {
+			o.NoAuth, o.MaxPending = false, 1000
+			o.Authorizer = AuthorizerFunc(func(context.Context, *Peer, string, Right) error {
+				asked.Add(1)
+				time.Sleep(time.Millisecond)
+				return ErrUnauthenticated
+			})
+		})
+		codes := make(chan string, 500)
+		for range cap(codes) {
+			go func() {
+				b, err := s.Call(t.Context(), Peer{Channel: "UDP_in", Addr: "10.0.0.1:1"}, []byte(`{"id":1,"method":"OTA.Status","auth":{"x":1}}`))
+				require.NoError(t, err)
+				codes <- string(b[strings.Index(string(b), `"code"`)+7:][:3])
+			}()
+		}
+		count := map[string]int{}
+		for range cap(codes) {
+			count[<-codes]++
+		}
+		require.Equal(t, map[string]int{"401": 10, "429": 490}, count)
+		require.EqualValues(t, 10, asked.Load())
 	})
 }
 

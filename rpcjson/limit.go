@@ -18,7 +18,9 @@ type Rate struct {
 // Limits bound what peers can do before they have shown who they are. A peer is an
 // IPv4 address, an IPv6 network of 64 bits, or what else the transport tells apart.
 // What exceeds a limit is answered with code 429 at once, and nothing is kept
-// waiting. Nobody is limited with [Options].NoAuth.
+// waiting. Behind a proxy all of its clients are one peer, and whoever can send
+// datagrams with a false address can use up the logins of another over UDP. Nobody is
+// limited with [Options].NoAuth.
 type Limits struct {
 	// Requests bounds the requests of one peer that the Authorizer refuses, also
 	// those that only ask for a challenge; the default is 100 per second, 1000 at
