@@ -26,7 +26,7 @@ type deviceFlags struct {
 }
 
 func (d *deviceFlags) define(fs *flag.FlagSet) {
-	fs.StringVar(&d.url, "device", "", "`URL` of the device: [http://]HOST[:PORT], https://HOST, unix:///PATH; else OTA_DEVICE")
+	fs.StringVar(&d.url, "device", "", "`URL` of the device: "+deviceURLs+"; else OTA_DEVICE")
 	fs.StringVar(&d.tokenFile, "token-file", "", "`file` with the bearer token for the device; else OTA_TOKEN")
 	fs.StringVar(&d.ca, "ca", "", "`file` with the certificates to trust in place of the system's")
 	fs.DurationVar(&d.timeout, "call-timeout", rpcjson.DefaultCallTimeout, "`time` for one call")
@@ -52,7 +52,7 @@ func (d *deviceFlags) dial(ctx context.Context, e *env) (*device, error) {
 	if !strings.Contains(target, "://") {
 		target = "http://" + target
 	}
-	o := &rpcjson.ClientOptions{Timeout: d.timeout, CompatArgs: d.compat, Token: e.getenv("OTA_TOKEN")}
+	o := &rpcjson.ClientOptions{Timeout: d.timeout, CompatArgs: d.compat, Token: e.getenv("OTA_TOKEN"), Dialers: dialers()}
 	if d.tokenFile != "" {
 		b, err := os.ReadFile(d.tokenFile)
 		if err != nil {
