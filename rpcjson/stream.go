@@ -617,8 +617,8 @@ type streamConn struct {
 	d     decoder
 	calls chan struct{} // one element for each call being served
 	wg    sync.WaitGroup
-	crc   bool         // a frame with a good checksum has come
-	blank atomic.Int32 // line feeds to be sent with the next frame
+	crc   bool // a frame with a good checksum has come
+	blank int  // line feeds to be sent with the next frame
 }
 
 // item does what is to be done about what came.
@@ -631,34 +631,33 @@ func (c *streamConn) item(it item, b []byte) {
 			c.o.Text(b)
 		}
 	case itemBlank:
-		if c.blank.Load() < 16 {
-			c.blank.Add(1)
-		}
+		c.blank = min(c.blank+1, 16)
 	case itemHandshake:
 		c.flow(true) // it is listening
-		c.start(func() { c.send(handshake, nil, shape{}) })
+		head := c.head() + handshake
+		c.start(func() { c.write(c.ctx, []byte(head)) })
 	case itemLong:
 		// A definite answer, if only it can be seen to what.
 		f, err := parseFrame(b, c.s.o.MaxDepth)
 		if err == nil && f.id != "" && f.method != "" && (f.dst == "" || f.dst == c.s.o.ID) {
 			reply := appendReply(nil, &f, c.s.o.ID, nil, errorf(413, "frame of more than %d bytes", c.d.max))
-			sh := c.shape()
-			c.start(func() { c.send("", reply, sh) })
+			send := c.sender()
+			c.start(func() { send(reply) })
 		}
 	case itemFrame, itemChecked:
 		c.crc = c.crc || it == itemChecked
-		sh := c.shape()
+		send := c.sender()
 		if it == itemFrame && c.o.NeedCRC {
 			if f, err := c.s.parse(b); err == nil && strings.EqualFold(f.method, "OTA.Write") {
 				if f.id != "" {
 					reply := appendReply(nil, &f, c.s.o.ID, nil, errorf(400, "OTA.Write needs a checksum on this line"))
-					c.start(func() { c.send("", reply, sh) })
+					c.start(func() { send(reply) })
 				}
 				return
 			}
 		}
 		c.start(func() {
-			err := c.s.Serve(c.ctx, c.peer, b, func(reply []byte) error { return c.send("", reply, sh) })
+			err := c.s.Serve(c.ctx, c.peer, b, send)
 			if err != nil {
 				c.s.log.Debug("rpc: frame not answered", "channel", c.peer.Channel, "peer", c.peer.Addr, "err", err)
 			}
@@ -666,7 +665,23 @@ func (c *streamConn) item(it item, b []byte) {
 	}
 }
 
-func (c *streamConn) shape() shape { return shape{quotes: c.d.old, crc: c.crc || c.o.CRC} }
+// head returns the line feeds that answer what was blank.
+func (c *streamConn) head() string {
+	n := c.blank
+	c.blank = 0
+	return strings.Repeat("\n", n)
+}
+
+// sender returns a function that sends the reply to what has just come, in a shape
+// that the client understands.
+func (c *streamConn) sender() func(reply []byte) error {
+	head := c.head()
+	sh := shape{quotes: c.d.old, crc: c.crc || c.o.CRC}
+	return func(reply []byte) error {
+		b := append(make([]byte, 0, len(head)+len(reply)+32), head...)
+		return c.write(c.ctx, appendFrame(b, reply, sh))
+	}
+}
 
 // start runs f in a goroutine, once there is a place for it.
 func (c *streamConn) start(f func()) {
@@ -687,19 +702,6 @@ func (c *streamConn) start(f func()) {
 		defer func() { <-c.calls }()
 		f()
 	})
-}
-
-// send sends prefix and, unless nil, a frame.
-func (c *streamConn) send(prefix string, frame []byte, sh shape) error {
-	b := make([]byte, 0, len(frame)+64)
-	for n := c.blank.Swap(0); n > 0; n-- {
-		b = append(b, '\n')
-	}
-	b = append(b, prefix...)
-	if frame != nil {
-		b = appendFrame(b, frame, sh)
-	}
-	return c.write(c.ctx, b)
 }
 
 // errTooLongReply is the error for replies longer than a client takes.
