@@ -1,6 +1,7 @@
 package rpcjson
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -73,6 +74,12 @@ func (w *callTable) fail(err error) {
 // frameID returns the id of a frame, and its method, which is empty in a reply.
 // The frame may be incomplete.
 func frameID(b []byte) (id, method string) {
+	if i := bytes.LastIndexByte(b[:min(len(b), 256)], ','); i > 0 && len(b) > 256 {
+		// Mostly they come first, before much data.
+		if id, method := frameID(b[:i]); id != "" && method != "" {
+			return id, method
+		}
+	}
 	_ = members(b, DefaultMaxDepth, func(key []byte, v token) {
 		switch string(key) {
 		case "id":
@@ -301,7 +308,7 @@ func (s *Stream) RoundTrip(ctx context.Context, frame []byte, max int) ([]byte, 
 			return nil, err
 		}
 	}
-	b := appendFrame(nil, frame, shape{quotes: true, crc: l.o.CRC || l.o.NeedCRC})
+	b := appendFrame(make([]byte, 0, len(frame)+32), frame, shape{quotes: true, crc: l.o.CRC || l.o.NeedCRC})
 	if err := l.write(ctx, b); err != nil {
 		select {
 		case a := <-reply: // came although not all was written: a refusal

@@ -61,6 +61,10 @@ type PacketOptions struct {
 // sends it. Replies are longer than calls; do not serve the open Internet. o may
 // be nil.
 func (s *Server) ServePacket(ctx context.Context, pc net.PacketConn, o *PacketOptions) error {
+	return s.newPacketServer(pc, o).run(ctx)
+}
+
+func (s *Server) newPacketServer(pc net.PacketConn, o *PacketOptions) *packetServer {
 	p := &packetServer{s: s, pc: pc, sources: map[string]*source{}}
 	if o != nil {
 		p.o = *o
@@ -74,10 +78,14 @@ func (s *Server) ServePacket(ctx context.Context, pc net.PacketConn, o *PacketOp
 	if p.o.MaxSources <= 0 {
 		p.o.MaxSources = DefaultMaxSources
 	}
+	return p
+}
+
+func (p *packetServer) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
-	defer context.AfterFunc(s.ctx, func() { cancel(ErrClosed) })()
-	defer context.AfterFunc(ctx, func() { pc.Close() })()
-	defer pc.Close()
+	defer context.AfterFunc(p.s.ctx, func() { cancel(ErrClosed) })()
+	defer context.AfterFunc(ctx, func() { p.pc.Close() })()
+	defer p.pc.Close()
 	defer p.wg.Wait()
 	defer cancel(nil)
 
@@ -85,7 +93,7 @@ func (s *Server) ServePacket(ctx context.Context, pc net.PacketConn, o *PacketOp
 	buf := make([]byte, maxDatagram)
 	failures := 0
 	for {
-		n, addr, err := pc.ReadFrom(buf)
+		n, addr, err := p.pc.ReadFrom(buf)
 		switch {
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
