@@ -143,6 +143,8 @@ func Open(name string, o *Options) (io.ReadWriteCloser, error) {
 const (
 	readEvery = 250 * time.Millisecond // how often a Read looks whether the port was closed
 	closeWait = 2 * time.Second        // for Reads and Writes at Close
+
+	flushEvery = 20 * time.Millisecond
 )
 
 // port makes Close safe: the port of the library must not be used at that time,
@@ -214,14 +216,15 @@ func (p *port) Close() error {
 	if closed {
 		return nil
 	}
-	if users > 0 {
+	flush := time.NewTicker(flushEvery)
+	defer flush.Stop()
+	for end := time.Now().Add(closeWait); users > 0 && time.Now().Before(end); {
 		// A Write that is stopped by flow control ends when there is room.
 		_ = p.p.ResetOutputBuffer()
-		t := time.NewTimer(closeWait)
-		defer t.Stop()
 		select {
 		case <-p.idle:
-		case <-t.C:
+			users = 0
+		case <-flush.C:
 		}
 	}
 	return p.p.Close()
