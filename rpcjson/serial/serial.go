@@ -18,6 +18,7 @@
 package serial
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -137,25 +138,29 @@ func Open(name string, o *Options) (io.ReadWriteCloser, error) {
 	if err != nil {
 		return nil, fmt.Errorf("serial: open %s: %w", ota.Quote(name), err)
 	}
-	return &port{p: p, idle: make(chan struct{}, 1)}, nil
+	return newPort(p), nil
 }
 
 const (
 	readEvery = 250 * time.Millisecond // how often a Read looks whether the port was closed
-	closeWait = 2 * time.Second        // for Reads and Writes at Close
-
-	flushEvery = 20 * time.Millisecond
+	closeWait = time.Second            // for whoever uses the port at Close
 )
 
-// port makes Close safe: the port of the library must not be used at that time,
-// because its descriptor may already be that of another file.
+// port makes Close safe: the port of the library must not be used during and after
+// it, because its descriptor may already be that of another file. So who uses it
+// last closes it.
 type port struct {
 	p    bugst.Port
-	idle chan struct{} // gets an element when nobody uses a closed port any more
+	done chan struct{} // closed by Close
+	gone chan struct{} // closed when p is closed
 
 	mu     sync.Mutex
 	users  int
 	closed bool
+}
+
+func newPort(p bugst.Port) *port {
+	return &port{p: p, done: make(chan struct{}), gone: make(chan struct{})}
 }
 
 func (p *port) enter() error {
@@ -170,9 +175,12 @@ func (p *port) enter() error {
 
 func (p *port) leave() {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.users--; p.users == 0 && p.closed {
-		p.idle <- struct{}{}
+	p.users--
+	last := p.closed && p.users == 0
+	p.mu.Unlock()
+	if last {
+		p.p.Close()
+		close(p.gone)
 	}
 }
 
@@ -193,41 +201,59 @@ func (p *port) Read(b []byte) (int, error) {
 	}
 }
 
-// Write implements io.Writer.
-func (p *port) Write(b []byte) (n int, err error) {
-	for n < len(b) && err == nil {
-		if err = p.enter(); err != nil {
-			return n, err
-		}
-		var k int
-		k, err = p.p.Write(b[n:])
-		n += k
-		p.leave()
+// Write implements io.Writer. If flow control holds it up, its system call may
+// outlast it: nothing ends that but the other side, or the end of the line.
+func (p *port) Write(b []byte) (int, error) {
+	if err := p.enter(); err != nil {
+		return 0, err
 	}
-	return n, err
+	type result struct {
+		n   int
+		err error
+	}
+	c := make(chan result, 1)
+	own := bytes.Clone(b)
+	go func() {
+		defer p.leave()
+		var r result
+		for r.n < len(own) && r.err == nil {
+			var k int
+			k, r.err = p.p.Write(own[r.n:])
+			r.n += k
+		}
+		c <- r
+	}()
+	select {
+	case r := <-c:
+		return r.n, r.err
+	case <-p.done:
+		return 0, os.ErrClosed
+	}
 }
 
-// Close closes the port. What is not yet sent may be lost.
+// Close ends Read and Write, and closes the port once they have. What is not yet
+// sent may be lost.
 func (p *port) Close() error {
 	p.mu.Lock()
-	closed, users := p.closed, p.users
+	closed := p.closed
 	p.closed = true
+	if !closed {
+		p.users++
+	}
 	p.mu.Unlock()
 	if closed {
 		return nil
 	}
-	flush := time.NewTicker(flushEvery)
-	defer flush.Stop()
-	for end := time.Now().Add(closeWait); users > 0 && time.Now().Before(end); {
-		// A Write that is stopped by flow control ends when there is room.
-		_ = p.p.ResetOutputBuffer()
-		select {
-		case <-p.idle:
-			users = 0
-		case <-flush.C:
-		}
+	close(p.done)
+	_ = p.p.ResetOutputBuffer() // a Write that is held up ends when there is room
+	p.leave()
+	t := time.NewTimer(closeWait)
+	defer t.Stop()
+	select {
+	case <-p.gone:
+	case <-t.C:
 	}
-	return p.p.Close()
+	return nil
 }
 
 // Serve serves the frames that come over the port name until ctx ends or the
