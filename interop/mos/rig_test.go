@@ -60,8 +60,13 @@ type rigOptions struct {
 	policy *bundle.Policy
 	// timeout is the client's flag of that name; 0 means deadline.
 	timeout time.Duration
-	// fault says what happens to a request.
+	// fault says what happens to a request over HTTP.
 	fault func(f *frame.Frame) fault
+	// authorizer, if not nil, is asked about each call.
+	authorizer rpcjson.Authorizer
+	// also listens on another transport, at each boot, and returns what serves
+	// there.
+	also func() (func(ctx context.Context, srv *rpcjson.Server) error, error)
 }
 
 // fault is what happens to a request.
@@ -189,11 +194,12 @@ func (d *rig) boot(ctx context.Context, l net.Listener, started func()) error {
 		version, buildID = st.Version, st.BuildID
 	}
 	srv, err := rpcjson.New(device, rpcjson.Options{
-		ID:     "esp32_123456",
-		Info:   rpcjson.Info{App: "demo", Platform: "esp32", Version: version, BuildID: buildID, MAC: "240AC4123456", OSVersion: "2.20.0"},
-		Open:   d.opt.policy.Image,
-		NoAuth: true,
-		Fetch:  &fetch.Policy{AllowHTTP: true, AllowLoopback: true},
+		ID:         "esp32_123456",
+		Info:       rpcjson.Info{App: "demo", Platform: "esp32", Version: version, BuildID: buildID, MAC: "240AC4123456", OSVersion: "2.20.0"},
+		Open:       d.opt.policy.Image,
+		NoAuth:     d.opt.authorizer == nil,
+		Authorizer: d.opt.authorizer,
+		Fetch:      &fetch.Policy{AllowHTTP: true, AllowLoopback: true},
 		OpenFile: func(name string) (io.ReadCloser, error) {
 			return os.OpenInRoot(testdata, name)
 		},
@@ -202,6 +208,12 @@ func (d *rig) boot(ctx context.Context, l net.Listener, started func()) error {
 		return err
 	}
 	defer srv.Close()
+	also := func(ctx context.Context, _ *rpcjson.Server) error { <-ctx.Done(); return nil }
+	if d.opt.also != nil {
+		if also, err = d.opt.also(); err != nil {
+			return err
+		}
+	}
 	d.mu.Lock()
 	d.handover = h
 	d.boots++
@@ -215,6 +227,11 @@ func (d *rig) boot(ctx context.Context, l net.Listener, started func()) error {
 		err := device.Watch(ctx)
 		if err != nil && ctx.Err() == nil && !errors.Is(err, ota.ErrReverted) && !errors.Is(err, memflash.ErrPowerOff) {
 			d.t.Errorf("watch: %v", err)
+		}
+	})
+	wg.Go(func() {
+		if err := also(ctx, srv); ctx.Err() == nil {
+			d.t.Errorf("serve: %v", err)
 		}
 	})
 	hs := &http.Server{Handler: d.handler(srv)}
@@ -279,9 +296,14 @@ func (d *rig) url() string { return "http://" + d.addr + "/rpc" }
 // connect returns a connection of the genuine client.
 func (d *rig) connect() *dev.MosDevConn {
 	d.t.Helper()
+	return d.connectTo(d.url())
+}
+
+func (d *rig) connectTo(url string) *dev.MosDevConn {
+	d.t.Helper()
 	c := &dev.Client{Timeout: d.opt.timeout}
 	// The context ends the client's receive loop.
-	conn, err := c.CreateDevConn(d.t.Context(), d.url(), false)
+	conn, err := c.CreateDevConn(d.t.Context(), url, false)
 	require.NoError(d.t, err)
 	d.t.Cleanup(func() { conn.RPC.Disconnect(context.Background()) })
 	return conn
