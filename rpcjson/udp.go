@@ -202,7 +202,7 @@ func (p *packetServer) serve(ctx context.Context, addr net.Addr, b []byte) {
 			}
 		}()
 	}
-	if err := p.s.Serve(ctx, peer, b, send); err != nil {
+	if err := p.s.serve(ctx, &peer, &f, send, p.s.admit(ctx)); err != nil {
 		p.s.log.Debug("rpc: datagram not answered", "peer", key, "err", err)
 	}
 }
