@@ -13,7 +13,13 @@
 //	http.Handle("/rpc/", srv)
 //
 // The parts, from the bottom up: a codec for frames, [Server.Serve], which takes
-// a frame from any transport and hands back the reply, and the http.Handler.
+// a frame from any transport and hands back the reply, and the transports: the
+// http.Handler, [Server.ServeStream] for byte streams, [Server.ServeListener] for
+// TCP and Unix sockets, [Server.ServePacket] for UDP, [Server.NewGATTServer] for
+// Bluetooth Low Energy; package rpcjson/serial has serial ports. Of these only
+// HTTP can be encrypted. What reaches a device over the others has to prove in
+// its frames who sends it (see [Authorizer]), or has the rights of whoever holds
+// the cable, may open the socket, or is near enough.
 //
 // Built in are RPC.List, RPC.Describe and RPC.Ping, Sys.GetInfo, Sys.GetUID and
 // Sys.Reboot, OTA.Update (the device pulls), OTA.Begin, OTA.Write and OTA.End (the
@@ -89,7 +95,8 @@ func (r Right) String() string {
 // Peer describes who sent a frame, and over what.
 type Peer struct {
 	// Channel is the type of the transport as in access lists: HTTP, WS_in,
-	// WS_out, UART, MQTT, UDP_in, UDP_out, GATTS, loopback.
+	// WS_out, UART, MQTT, UDP_in, UDP_out, GATTS, loopback; beyond the
+	// original also TCP and UNIX, for frames on such streams.
 	Channel string
 	// Addr is the address of the peer for people, as RPC.Ping answers it; ""
 	// if not known.
