@@ -63,6 +63,13 @@ type ClientOptions struct {
 	Timeout time.Duration
 	// MaxReply bounds a reply, in bytes; 0 means DefaultMaxReply.
 	MaxReply int
+	// Dialers has the channels of further URL schemes, by scheme in lower case,
+	// for [Dial]. They win over the built-in ones.
+	Dialers map[string]Dialer
+	// Stream and Datagram say how frames are carried over tcp and rpc+unix
+	// URLs, and over udp; nil means the defaults.
+	Stream   *StreamOptions
+	Datagram *DatagramOptions
 	// CompatArgs sends parameters as the member args, which is what the oldest
 	// devices know, instead of params (mos --mgrpc-compat-args).
 	CompatArgs bool
@@ -76,25 +83,62 @@ type Client struct {
 	asks atomic.Bool // the device wants digests in frames
 }
 
+// Dialer makes the channel to a device, for [ClientOptions.Dialers]. It does not
+// have to connect yet. Errors should not quote what may be a secret of the URL.
+// The options are never nil.
+type Dialer func(ctx context.Context, u *url.URL, o *ClientOptions) (Channel, error)
+
 // Dial returns a client for the device at rawURL:
 //
 //	http://HOST[:PORT][/PATH]    frames are posted to PATH, or else to /rpc
 //	https://HOST[:PORT][/PATH]   likewise
 //	unix:///PATH                 HTTP over the socket at PATH
+//	tcp://HOST:PORT              frames on a stream, see DialTCP
+//	rpc+unix:///PATH             frames on a stream over the socket at PATH
+//	udp://HOST:PORT              frames in datagrams, see DialUDP
 //
-// Nothing is sent yet, and credentials never to another host, as redirects are not
-// followed. For other transports see [NewClient]. Errors wrap [ota.ErrInvalid]. o
-// may be nil.
-func Dial(_ context.Context, rawURL string, o *ClientOptions) (*Client, error) {
+// Others are those of [ClientOptions.Dialers]. Of these built-in ones nothing is
+// sent yet, and credentials never to another host, as redirects are not followed.
+// For other transports see [NewClient]. Errors wrap [ota.ErrInvalid]. o may be nil.
+func Dial(ctx context.Context, rawURL string, o *ClientOptions) (*Client, error) {
 	var opts ClientOptions
 	if o != nil {
 		opts = *o
 	}
-	ch, err := newHTTPChannel(rawURL, &opts)
+	ch, err := dial(ctx, rawURL, &opts)
 	if err != nil {
 		return nil, fmt.Errorf("rpcjson: device URL: %w: %w", err, ota.ErrInvalid)
 	}
 	return NewClient(ch, &opts), nil
+}
+
+func dial(ctx context.Context, rawURL string, o *ClientOptions) (Channel, error) {
+	u, err := url.Parse(rawURL)
+	if err != nil {
+		return nil, errors.New("not a URL") // the error of Parse quotes all of it
+	}
+	if d := o.Dialers[u.Scheme]; d != nil {
+		return d(ctx, u, o)
+	}
+	if u.User != nil {
+		return nil, errors.New("credentials in the URL; they have an option of their own")
+	}
+	switch u.Scheme {
+	case "tcp", "udp":
+		if u.Hostname() == "" || u.Port() == "" || u.Path != "" && u.Path != "/" || u.RawQuery != "" {
+			return nil, fmt.Errorf("need %s://HOST:PORT", u.Scheme)
+		}
+		if u.Scheme == "udp" {
+			return dialDatagram(u.Host, o.Datagram), nil
+		}
+		return dialStream("tcp", u.Host, o.Stream), nil
+	case "rpc+unix":
+		if u.Path == "" || u.Host != "" || u.RawQuery != "" {
+			return nil, errors.New("need rpc+unix:///PATH")
+		}
+		return dialStream("unix", u.Path, o.Stream), nil
+	}
+	return newHTTPChannel(u, o)
 }
 
 // NewClient returns a client that uses ch, which it closes with itself. o may be
@@ -336,14 +380,7 @@ func (l *headerLogin) challenged(h http.Header) bool {
 	return best.nonce != ""
 }
 
-func newHTTPChannel(rawURL string, o *ClientOptions) (*httpChannel, error) {
-	u, err := url.Parse(rawURL)
-	if err != nil {
-		return nil, errors.New("not a URL") // the error of Parse quotes all of it
-	}
-	if u.User != nil {
-		return nil, errors.New("credentials in the URL; they have an option of their own")
-	}
+func newHTTPChannel(u *url.URL, o *ClientOptions) (*httpChannel, error) {
 	if o.Token != "" && o.User != "" {
 		return nil, errors.New("both a token and a user")
 	}
@@ -374,7 +411,7 @@ func newHTTPChannel(rawURL string, o *ClientOptions) (*httpChannel, error) {
 		}
 		u = &url.URL{Scheme: "http", Host: "localhost"}
 	default:
-		return nil, fmt.Errorf("scheme %s: need http, https or unix", ota.Quote(u.Scheme))
+		return nil, fmt.Errorf("scheme %s: not known here", ota.Quote(u.Scheme))
 	}
 	if u.Path == "" || u.Path == "/" {
 		u.Path = "/rpc"

@@ -54,8 +54,9 @@ var ErrUnknown = errors.New("the device does not say that the update was install
 
 // PushOptions configure [Client.Push]. The zero value is safe.
 type PushOptions struct {
-	// ChunkSize is the number of bytes of each OTA.Write; 0 means 32 KiB. It
-	// becomes smaller if the device cannot take so much at once.
+	// ChunkSize is the number of bytes of each OTA.Write; 0 means what suits the
+	// channel, mostly 32 KiB. It becomes smaller if the device cannot take so
+	// much at once.
 	ChunkSize int
 	// Timeout is how long the device waits for data before it gives up, and
 	// CommitTimeout the time for the commit after the reboot; nil leaves the
@@ -103,7 +104,11 @@ func (c *Client) Push(ctx context.Context, r io.ReaderAt, size int64, o *PushOpt
 	if o != nil {
 		p.o = *o
 	}
-	if p.chunk = p.o.ChunkSize; p.chunk <= 0 {
+	p.chunk = p.o.ChunkSize
+	if s, ok := c.ch.(interface{ ChunkSize() int }); ok && p.chunk <= 0 {
+		p.chunk = s.ChunkSize()
+	}
+	if p.chunk <= 0 {
 		p.chunk = defaultChunk
 	}
 	if p.o.RetryFor <= 0 {
@@ -144,8 +149,14 @@ func (p *pusher) run(ctx context.Context) error {
 	case st.State == StateProgress && p.o.Resume && st.NextOffset > 0 && st.NextOffset <= p.size:
 		p.off, p.open = st.NextOffset, true
 	case st.State == StateProgress && p.o.Resume:
-		if p.off, err = p.probe(ctx); err != nil {
-			return err
+		w := newWaiter(p.o.RetryFor)
+		for p.off, err = p.probe(ctx); err != nil; p.off, err = p.probe(ctx) {
+			if !again(err) {
+				return err
+			}
+			if err := w.wait(ctx, err); err != nil {
+				return err
+			}
 		}
 		p.open = true
 	case st.State == StateProgress:

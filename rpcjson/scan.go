@@ -417,15 +417,26 @@ func appendRune(dst []byte, r rune) []byte {
 // appendASCII appends the JSON text b with everything that is not ASCII escaped;
 // in JSON that occurs in strings only.
 func appendASCII(dst, b []byte) []byte {
-	for i := 0; i < len(b); {
-		if b[i] < utf8.RuneSelf {
-			dst = append(dst, b[i])
-			i++
-			continue
+	for len(b) > 0 {
+		n := ascii(b)
+		dst = append(dst, b[:n]...)
+		if b = b[n:]; len(b) > 0 {
+			r, n := utf8.DecodeRune(b)
+			dst = appendRune(dst, r)
+			b = b[n:]
 		}
-		r, n := utf8.DecodeRune(b[i:])
-		dst = appendRune(dst, r)
-		i += n
 	}
 	return dst
+}
+
+// ascii returns how many bytes at the start of b are ASCII.
+func ascii(b []byte) int {
+	n := 0
+	for len(b)-n >= 8 && binary.LittleEndian.Uint64(b[n:])&0x8080808080808080 == 0 {
+		n += 8
+	}
+	for n < len(b) && b[n] < utf8.RuneSelf {
+		n++
+	}
+	return n
 }

@@ -22,7 +22,13 @@
 // for each user or an access list.
 //
 // The parts, from the bottom up: a codec for frames, [Server.Serve], which takes
-// a frame from any transport and hands back the reply, and the http.Handler.
+// a frame from any transport and hands back the reply, and the transports: the
+// http.Handler, [Server.ServeStream] for byte streams, [Server.ServeListener] for
+// TCP and Unix sockets, [Server.ServePacket] for UDP, [Server.NewGATTServer] for
+// Bluetooth Low Energy; package rpcjson/serial has serial ports. Of these only
+// HTTP can be encrypted. What reaches a device over the others has to prove in
+// its frames who sends it (see [Authorizer]), or has the rights of whoever holds
+// the cable, may open the socket, or is near enough.
 //
 // Built in are RPC.List, RPC.Describe and RPC.Ping, Sys.GetInfo, Sys.GetUID and
 // Sys.Reboot, OTA.Update (the device pulls), OTA.Begin, OTA.Write and OTA.End (the
@@ -99,7 +105,8 @@ func (r Right) String() string {
 // Peer describes who sent a frame, and over what.
 type Peer struct {
 	// Channel is the type of the transport as in access lists: HTTP, WS_in,
-	// WS_out, UART, MQTT, UDP_in, UDP_out, GATTS, loopback.
+	// WS_out, UART, MQTT, UDP_in, UDP_out, GATTS, loopback; beyond the
+	// original also TCP and UNIX, for frames on such streams.
 	Channel string
 	// Addr is the address of the peer for people, as RPC.Ping answers it; ""
 	// if not known.
@@ -468,19 +475,23 @@ func (s *Server) Serve(ctx context.Context, peer Peer, frame []byte, send func(r
 	if f.method == "" {
 		return nil // an answer to something that was never asked
 	}
+	return s.serve(ctx, &peer, &f, send, s.acquire())
+}
+
+// serve serves a request, or refuses it if it is not admitted.
+func (s *Server) serve(ctx context.Context, peer *Peer, f *frame, send func(reply []byte) error, admitted bool) error {
 	var result []byte
 	var after func()
-	var callErr *Error
-	if s.acquire() {
-		result, after, callErr, err = s.call(ctx, &peer, &f)
+	var err error
+	callErr := errOverflow
+	if admitted {
+		result, after, callErr, err = s.call(ctx, peer, f)
 		if err != nil {
 			return err
 		}
-	} else {
-		callErr = errOverflow
 	}
 	if f.id != "" {
-		err = send(appendReply(nil, &f, s.o.ID, result, callErr))
+		err = send(appendReply(nil, f, s.o.ID, result, callErr))
 	}
 	if after != nil {
 		after()
@@ -498,6 +509,23 @@ func (s *Server) acquire() bool {
 	default:
 		return false
 	}
+}
+
+// acquireSoon is acquire for transports that bound their calls themselves: it waits for
+// a while.
+func (s *Server) acquireSoon(ctx context.Context) bool {
+	if s.acquire() {
+		return true
+	}
+	t := time.NewTimer(time.Second)
+	defer t.Stop()
+	select {
+	case s.pending <- struct{}{}:
+		return true
+	case <-t.C:
+	case <-ctx.Done():
+	}
+	return false
 }
 
 func (s *Server) release() { <-s.pending }

@@ -58,6 +58,7 @@ func commands() []command {
 			"The bundle is checked, then sent in pieces; broken connections are mended. With -wait it follows the device through its reboot, and reports whether the firmware was committed or rolled back, and why. With -commit-after it commits the firmware itself, once the device has run it and answered for that long.",
 			[]string{
 				"ota push -device http://192.168.1.5 fw.zip",
+				"ota push -device 'serial:///dev/ttyUSB0?baud=115200' fw.zip",
 				"OTA_DEVICE=unix:///run/ota.sock ota push -commit-timeout 5m -commit-after 30s fw.zip",
 			}, push},
 		{"update", "[URL]", "tell a device to download a bundle",
@@ -152,7 +153,7 @@ func (e *env) usage(w io.Writer) {
 		fmt.Fprintf(w, "  %-12s %s\n", c.name, c.short)
 	}
 	fmt.Fprint(w, "\nota COMMAND -h tells about a command. Devices are named by -device or OTA_DEVICE:\n"+
-		"http://HOST, https://HOST, unix:///PATH.\n")
+		wrap(deviceURLs+".", "", 80)+"\n")
 }
 
 func (c *command) help(w io.Writer) {

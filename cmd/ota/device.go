@@ -27,7 +27,7 @@ type deviceFlags struct {
 }
 
 func (d *deviceFlags) define(fs *flag.FlagSet) {
-	fs.StringVar(&d.url, "device", "", "`URL` of the device: [http://]HOST[:PORT], https://HOST, unix:///PATH; else OTA_DEVICE")
+	fs.StringVar(&d.url, "device", "", "`URL` of the device: "+deviceURLs+"; else OTA_DEVICE")
 	fs.StringVar(&d.tokenFile, "token-file", "", "`file` with the bearer token for the device; else OTA_TOKEN")
 	fs.StringVar(&d.user, "user", "", "`name` to log in with, by digest; also as http://NAME@HOST")
 	fs.StringVar(&d.passwordFile, "password-file", "", "`file` with the password of -user; else OTA_PASSWORD")
@@ -57,7 +57,7 @@ func (d *deviceFlags) dial(ctx context.Context, e *env) (*device, error) {
 	if !strings.Contains(target, "://") {
 		target = "http://" + target
 	}
-	o := &rpcjson.ClientOptions{Timeout: d.timeout, CompatArgs: d.compat}
+	o := &rpcjson.ClientOptions{Timeout: d.timeout, CompatArgs: d.compat, Dialers: dialers()}
 	target, err := d.credentials(e, target, o)
 	if err != nil {
 		return nil, err

@@ -4,10 +4,8 @@ import (
 	"context"
 	"flag"
 	"fmt"
-	"io/fs"
 	"log/slog"
-	"net"
-	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -25,13 +23,14 @@ import (
 // simulation is a device whose flash is files: the slots, and three copies of the
 // boot record.
 type simulation struct {
-	dir, listen, platform, product, unhealthy, tokenFile, passwords string
-	parts                                                           list
-	slotCount                                                       int
-	pf                                                              policyFlags
-	verbose                                                         bool
+	dir, platform, product, unhealthy, tokenFile, passwords string
+	listen, parts                                           list
+	slotCount                                               int
+	pf                                                      policyFlags
+	verbose                                                 bool
 
 	e      *env
+	places []*url.URL // from listen
 	policy *bundle.Policy
 	auth   rpcjson.Authorizer // nil if everybody may do everything
 	slots  []ota.Slot
@@ -42,7 +41,7 @@ type simulation struct {
 func simulate(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 	var s simulation
 	fs.StringVar(&s.dir, "dir", "", "`directory` with the device's flash; it is made if there is none")
-	fs.StringVar(&s.listen, "listen", "127.0.0.1:8080", "`address` to serve RPC at: HOST:PORT or unix:///PATH")
+	fs.Var(&s.listen, "listen", "`URL` to serve RPC at, may be repeated: [http://]HOST:PORT, tcp://HOST:PORT, udp://HOST:PORT, serial:///dev/PORT, unix:///PATH (HTTP), rpc+unix:///PATH; else 127.0.0.1:8080")
 	fs.StringVar(&s.platform, "platform", "sim", "`hardware` that bundles must be for")
 	fs.StringVar(&s.product, "product", "", "`name` that bundles must have, if not empty")
 	fs.Var(&s.parts, "part", "a part of each slot: `NAME=SIZE`; else app=8M and fs=2M. Their sizes must stay as they are")
@@ -92,8 +91,19 @@ func (s *simulation) prepare() (err error) {
 		if s.auth, err = s.access(); err != nil {
 			return err
 		}
-	} else if _, err := s.loopback(); err != nil {
-		return err
+	}
+	if len(s.listen) == 0 {
+		s.listen = list{"127.0.0.1:8080"}
+	}
+	for _, target := range s.listen {
+		u, err := listenURL(target)
+		if err != nil {
+			return err
+		}
+		if s.auth == nil && exposed(u) {
+			return fail(exitUsage, "127.0.0.1 needs none", "-listen %s: everybody can reach that, so it needs a -token-file or -passwords", ota.Quote(target))
+		}
+		s.places = append(s.places, u)
 	}
 	if len(s.parts) == 0 {
 		s.parts = list{"app=8M", "fs=2M"}
@@ -119,37 +129,6 @@ func (s *simulation) prepare() (err error) {
 		s.slots = append(s.slots, slot)
 	}
 	return nil
-}
-
-// loopback reports whether only this machine can call; else it is an error.
-func (s *simulation) loopback() (bool, error) {
-	if strings.HasPrefix(s.listen, "unix://") {
-		return true, nil
-	}
-	host, _, err := net.SplitHostPort(s.listen)
-	if err != nil {
-		return false, usagef("-listen %s: need HOST:PORT or unix:///PATH", ota.Quote(s.listen))
-	}
-	if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
-		return false, fail(exitUsage, "127.0.0.1 needs none", "-listen %s: everybody can reach that, so it needs a -token-file or -passwords", ota.Quote(s.listen))
-	}
-	return true, nil
-}
-
-func (s *simulation) listener() (net.Listener, error) {
-	path, ok := strings.CutPrefix(s.listen, "unix://")
-	if !ok {
-		return net.Listen("tcp", s.listen)
-	}
-	// What a killed simulation has left behind.
-	if info, err := os.Lstat(path); err == nil && info.Mode()&fs.ModeSocket != 0 {
-		if c, err := net.Dial("unix", path); err == nil {
-			c.Close()
-			return nil, fail(exitBusy, "", "%s: another device listens there", path)
-		}
-		os.Remove(path)
-	}
-	return net.Listen("unix", path)
 }
 
 // boot boots the device, and runs it until it is reset or ctx ends.
@@ -220,28 +199,32 @@ func (s *simulation) boot(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	l, err := s.listener()
-	if err != nil {
-		srv.Close()
-		return err
+	var services []*service
+	defer func() {
+		for _, v := range services {
+			v.close()
+		}
+	}()
+	defer srv.Close()
+	for i, u := range s.places {
+		v, err := listen(ctx, u)
+		if err != nil {
+			return err
+		}
+		services = append(services, v)
+		if s.places[i], err = url.Parse(v.url); err != nil { // the same after a reset
+			return err
+		}
+		s.e.printf("%s\n", v.url)
 	}
-	if l.Addr().Network() == "tcp" {
-		s.listen = l.Addr().String() // the same after a reset
-		s.e.printf("http://%s\n", s.listen)
-	} else {
-		s.e.printf("%s\n", s.listen)
-	}
-	mux := http.NewServeMux()
-	mux.Handle("/", srv)
-	mux.Handle("/update", srv.UpdateHandler())
-	mux.Handle("/update/", srv.UpdateHandler())
-	web := rpcjson.NewHTTPServer(mux)
-	watching, cancel := context.WithCancel(ctx)
-	served := make(chan error, 1)
+	ctx, cancel := context.WithCancel(ctx)
+	served := make(chan error, len(services))
 	var wg sync.WaitGroup
-	wg.Go(func() { served <- web.Serve(l) })
+	for _, v := range services {
+		wg.Go(func() { served <- v.serve(ctx, srv) })
+	}
 	wg.Go(func() {
-		if err := dev.Watch(watching); err != nil && watching.Err() == nil {
+		if err := dev.Watch(ctx); err != nil && ctx.Err() == nil {
 			s.e.notef("trial: %v", err)
 		}
 	})
@@ -253,7 +236,6 @@ func (s *simulation) boot(ctx context.Context) error {
 	}
 	cancel()
 	srv.Close()
-	web.Close()
 	wg.Wait()
 	return err
 }

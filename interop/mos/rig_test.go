@@ -64,8 +64,11 @@ type rigOptions struct {
 	auth rpcjson.Authorizer
 	// timeout is the client's flag of that name; 0 means deadline.
 	timeout time.Duration
-	// fault says what happens to a request.
+	// fault says what happens to a request over HTTP.
 	fault func(f *frame.Frame) fault
+	// also listens on another transport, at each boot, and returns what serves
+	// there.
+	also func() (func(ctx context.Context, srv *rpcjson.Server) error, error)
 }
 
 // fault is what happens to a request.
@@ -207,6 +210,12 @@ func (d *rig) boot(ctx context.Context, l net.Listener, started func()) error {
 		return err
 	}
 	defer srv.Close()
+	also := func(ctx context.Context, _ *rpcjson.Server) error { <-ctx.Done(); return nil }
+	if d.opt.also != nil {
+		if also, err = d.opt.also(); err != nil {
+			return err
+		}
+	}
 	d.mu.Lock()
 	d.handover = h
 	d.boots++
@@ -220,6 +229,11 @@ func (d *rig) boot(ctx context.Context, l net.Listener, started func()) error {
 		err := device.Watch(ctx)
 		if err != nil && ctx.Err() == nil && !errors.Is(err, ota.ErrReverted) && !errors.Is(err, memflash.ErrPowerOff) {
 			d.t.Errorf("watch: %v", err)
+		}
+	})
+	wg.Go(func() {
+		if err := also(ctx, srv); ctx.Err() == nil {
+			d.t.Errorf("serve: %v", err)
 		}
 	})
 	hs := &http.Server{Handler: d.handler(srv)}
@@ -284,9 +298,14 @@ func (d *rig) url() string { return "http://" + d.addr + "/rpc" }
 // connect returns a connection of the genuine client.
 func (d *rig) connect() *dev.MosDevConn {
 	d.t.Helper()
+	return d.connectTo(d.url())
+}
+
+func (d *rig) connectTo(url string) *dev.MosDevConn {
+	d.t.Helper()
 	c := &dev.Client{Timeout: d.opt.timeout}
 	// The context ends the client's receive loop.
-	conn, err := c.CreateDevConnWithOpts(d.t.Context(), d.url(), false, nil, &codec.Options{
+	conn, err := c.CreateDevConnWithOpts(d.t.Context(), url, false, nil, &codec.Options{
 		HTTPOut: codec.OutboundHTTPCodecOptions{GetCredsCallback: rpccreds.GetRPCCreds}, // as the command does
 	})
 	require.NoError(d.t, err)
