@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"math/rand/v2"
 	"time"
 
@@ -254,12 +255,21 @@ func (t *retrier) spent(n int, d time.Duration) {
 	}
 }
 
+// left is how long to go on without success.
+func (t *retrier) left() time.Duration {
+	if o := t.w.o; o.RetryFor > 0 && t.failed > 0 {
+		return max(o.RetryFor-t.lost, 0)
+	}
+	return math.MaxInt64
+}
+
 // window is how long to wait for an answer.
 func (t *retrier) window() time.Duration {
-	if o := t.w.o; o.RetryFor > 0 {
-		return max(min(o.StallTime, o.RetryFor-t.lost), time.Millisecond)
+	w := min(t.w.o.StallTime, t.left())
+	if t.w.o.RetryFor > 0 {
+		w = min(w, t.w.o.RetryFor)
 	}
-	return t.w.o.StallTime
+	return w
 }
 
 // again waits until the next attempt after err, or returns an error if there is

@@ -157,6 +157,9 @@ func (w *remote) get(ctx context.Context, off, end int64, window time.Duration) 
 }
 
 func (w *remote) ask(ctx context.Context, u *url.URL, off, end int64, window time.Duration) (*body, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
 	b := &body{w: w, window: window, need: 1}
 	b.ctx, b.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	b.bind(ctx)
@@ -177,7 +180,7 @@ func (w *remote) ask(ctx context.Context, u *url.URL, off, end int64, window tim
 		}
 	}
 	w.file.requests.Add(1)
-	began := b.wait()
+	began := b.wait(window)
 	res, err := Do(&w.client, r)
 	b.came(began, 1)
 	if err != nil {
@@ -298,9 +301,9 @@ func (b *body) close() {
 	}
 }
 
-// wait lets the time run in which something must come.
-func (b *body) wait() (began time.Time) {
-	if left := b.window - b.waited; b.timer == nil {
+// wait lets the time run in which something must come, at most limit.
+func (b *body) wait(limit time.Duration) (began time.Time) {
+	if left := min(b.window-b.waited, limit); b.timer == nil {
 		b.timer = time.AfterFunc(left, func() { b.cancel(ErrStalled) })
 	} else {
 		b.timer.Reset(left)
@@ -334,7 +337,7 @@ func (b *body) read(p []byte, t *retrier) (n int, err error) {
 	if b.end >= 0 {
 		p = p[:min(int64(len(p)), b.end-b.at)]
 	}
-	began := b.wait()
+	began := b.wait(t.left())
 	n, err = b.rc.Read(p)
 	if n < 0 || n > len(p) {
 		return 0, because(ErrResponse, "an impossible count of bytes")
@@ -367,7 +370,7 @@ func (b *body) finish(t *retrier) error {
 		return nil
 	}
 	var one [1]byte
-	began := b.wait()
+	began := b.wait(t.left())
 	n, _ := b.rc.Read(one[:])
 	t.spent(0, b.came(began, n))
 	if n > 0 {
