@@ -25,15 +25,15 @@ const (
 )
 
 const (
-	// headSize is what Open asks for: whoever reads a file begins with its
-	// beginning, and the answer tells the size.
-	headSize = 16 << 10
+	// headSize is what Open asks for: package bundle begins with as much, and
+	// the answer tells the size.
+	headSize = 64 << 10
 	// openAttempts is how often Open asks. A URL that never worked is more
 	// likely wrong than one that did.
 	openAttempts = 3
-	// vagueAttempts is how often in a row something that may or may not pass
-	// is tried.
-	vagueAttempts = 3
+	// vagueAttempts is how often in a row what hardly passes with time is
+	// borne: answers that are not understood, or end before a new byte.
+	vagueAttempts = 5
 	// recovered is the number of bytes after which earlier failures are
 	// forgotten.
 	recovered = 16 << 10
@@ -81,7 +81,8 @@ type Options struct {
 	// tried again. The delays grow from half a second to half a minute, less
 	// up to half of that at random; a longer one that the server asks for
 	// (Retry-After) is obeyed, or ends the download. Failures are forgotten
-	// when a connection has brought 16 KiB. Open gives up at the third one.
+	// when a connection has brought 16 KiB. Open gives up at the third one, a
+	// reader at the fifth answer that is not HTTP or ends without a new byte.
 	RetryFor time.Duration
 	// StallTime and MinRate say when a connection is given up: it brought less
 	// than MinRate bytes per second over a StallTime of waiting for it. 0 means
@@ -198,8 +199,8 @@ func (f *File) Retries() int64 { return f.retries.Load() }
 // Ranges returns a reader of the given bytes, one range after another. They must
 // be in order and must not overlap; ranges that are close to each other are
 // requested together. Requests are made as the reader needs them, one at a time,
-// and one more shortly before the end of the one before; what is held in memory
-// is less than 64 KiB, beside the buffers of connections. Broken connections are
+// and one more shortly before the end of the one before; nothing is held in memory
+// but 64 KiB of the beginning and the buffers of two connections. Broken connections are
 // resumed.
 //
 // The error wraps [ErrNoRanges] if f cannot be read this way, and

@@ -28,6 +28,7 @@ type reader struct {
 
 	body *body // what is being read, or nil
 	span int   // how many of rs it has the bytes of
+	gave bool  // some of them were read
 	junk []byte
 
 	next   chan answer // the request made ahead of time, or nil
@@ -141,12 +142,16 @@ func (r *reader) step(p []byte) (int, error) {
 		if want.Off > 0 && !r.w.ent.resumable() {
 			return 0, err
 		}
+		if t, ok := err.(*temporary); ok && !r.gave && t.error != ErrStalled {
+			t.vague = true
+		}
 		return 0, r.t.again(r.ctx, err)
 	}
 	r.ahead()
 	if skip > 0 {
 		return 0, nil
 	}
+	r.gave = r.gave || n > 0
 	r.take(n)
 	if r.open && want.Off+int64(n) > r.w.o.MaxSize {
 		return 0, because(ErrTooLarge, "more than %d bytes", r.w.o.MaxSize)
@@ -207,7 +212,7 @@ func (r *reader) extent(rs []ota.Range) (end int64, n int) {
 func (r *reader) connect() (*body, error) {
 	off := r.rs[0].Off
 	end, n := r.extent(r.rs)
-	r.span = n
+	r.span, r.gave = n, false
 	began := time.Now()
 	var a answer
 	if r.next != nil && r.nextAt == off {
@@ -242,6 +247,7 @@ type retrier struct {
 	w      *remote
 	limit  int           // attempts, if not 0
 	failed int           // attempts in a row
+	vague  int           // as many of them were vague
 	got    int64         // bytes since the last one
 	lost   time.Duration // waited in this row and since the last byte before it
 }
@@ -251,7 +257,7 @@ func (t *retrier) spent(n int, d time.Duration) {
 	t.lost += d
 	t.got += int64(n)
 	if n > 0 && (t.failed == 0 || t.got >= recovered) {
-		t.failed, t.got, t.lost = 0, 0, 0
+		t.failed, t.vague, t.got, t.lost = 0, 0, 0, 0
 	}
 }
 
@@ -282,6 +288,9 @@ func (t *retrier) again(ctx context.Context, err error) error {
 	o := t.w.o
 	t.failed++
 	t.got = 0
+	if again.vague {
+		t.vague++
+	}
 	delay := min(minDelay<<min(t.failed-1, 10), maxDelay)
 	delay -= rand.N(delay / 2)
 	delay = max(delay, again.after)
@@ -289,7 +298,7 @@ func (t *retrier) again(ctx context.Context, err error) error {
 	switch {
 	case o.RetryFor < 0:
 		return err
-	case delay > o.RetryFor-t.lost, t.limit > 0 && t.failed >= t.limit, again.vague && t.failed >= vagueAttempts:
+	case delay > o.RetryFor-t.lost, t.limit > 0 && t.failed >= t.limit, t.vague >= vagueAttempts:
 		return fmt.Errorf("%w (attempt %d)", err, t.failed)
 	}
 	o.Retrying(t.w.file.wrap(err), delay)

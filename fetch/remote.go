@@ -99,6 +99,7 @@ func (w *remote) begin(ctx context.Context, t *retrier) error {
 		w.open = b
 	}
 	w.ent, w.file.size, w.known = b.ent, b.ent.size, true
+	b.open() // with the limits for the file that is known now
 	return nil
 }
 
