@@ -95,6 +95,8 @@ type Options struct {
 	// another attempt, and when. It must not block, and may be called from
 	// whatever goroutine reads.
 	Retrying func(err error, wait time.Duration)
+
+	head int64 // headSize, but for tests
 }
 
 // complete returns o with the defaults filled in.
@@ -117,6 +119,9 @@ func (o *Options) complete() *Options {
 			*v.p = v.def
 		}
 		*v.p = max(*v.p, 0)
+	}
+	if c.head == 0 {
+		c.head = headSize
 	}
 	if c.RetryFor == 0 {
 		c.RetryFor = DefaultRetryFor

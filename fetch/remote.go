@@ -68,7 +68,7 @@ func openRemote(ctx context.Context, u *url.URL, o *Options) (*File, error) {
 // begin makes the first request.
 func (w *remote) begin(ctx context.Context, t *retrier) error {
 	start := time.Now()
-	b, err := w.get(ctx, 0, headSize, t.window())
+	b, err := w.get(ctx, 0, w.o.head, t.window())
 	if t.spent(0, time.Since(start)); err != nil {
 		return err
 	}
