@@ -161,7 +161,7 @@ func safe(err error) error {
 // harmless reports whether the text of err is known to quote nothing that came
 // in an answer. Those of net/http quote what they find malformed.
 func harmless(err error) bool {
-	for _, is := range []error{ErrURL, ErrPolicy, ErrAddress, ErrRedirect, context.Canceled, context.DeadlineExceeded,
+	for _, is := range []error{ErrURL, ErrPolicy, ErrAddress, ErrRedirect, ErrResponse, context.Canceled, context.DeadlineExceeded,
 		io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, http.ErrSchemeMismatch} {
 		if errors.Is(err, is) {
 			return true

@@ -130,8 +130,8 @@ func (b *bench) read(t testing.TB, o *Options, rs ...ota.Range) (data []byte, f 
 		}
 	}
 	if err != nil {
-		var e *Error
-		require.ErrorAs(t, err, &e)
+		require.IsType(t, &Error{}, err)
+		require.True(t, strings.HasPrefix(err.Error(), `fetch: "`), err)
 		require.NotContains(t, err.Error(), "hidden")
 		checkText(t, err, "")
 	}

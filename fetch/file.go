@@ -2,7 +2,6 @@ package fetch
 
 import (
 	"context"
-	"errors"
 	"io"
 	"math"
 	"net/http"
@@ -92,8 +91,8 @@ type Options struct {
 	StallTime time.Duration
 	MinRate   int64
 	// Retrying, if not nil, is told of each failure after which there is
-	// another attempt, and when. It must not block, and may be called from
-	// whatever goroutine reads.
+	// another attempt, and when. It is called by whoever reads, and must
+	// neither block nor call the reader.
 	Retrying func(err error, wait time.Duration)
 
 	head int64 // headSize, but for tests
@@ -161,8 +160,9 @@ type source interface {
 // whether it can be read at any place; ctx is for that only.
 //
 // Errors are of type [*Error]. They wrap [ErrNotModified] if the server says that
-// the device runs it already, a [*StatusError] if it gave another answer than the
-// file, and the errors of [Policy.ParseURL].
+// the device runs it already, a [*StatusError] if it did not give the file,
+// [ErrResponse] if what it gave is no HTTP to rely on, [ErrStalled], or one of those
+// of [Policy.ParseURL] and [Policy.CheckRedirect].
 func Open(ctx context.Context, rawURL string, o *Options) (*File, error) {
 	c := o.complete()
 	u, err := c.Policy.ParseURL(rawURL)
@@ -241,9 +241,8 @@ func (f *File) Close() error { return f.src.close() }
 
 // wrap returns err as a *Error.
 func (f *File) wrap(err error) error {
-	var e *Error
-	if errors.As(err, &e) {
-		return err
+	if e, ok := err.(*Error); ok {
+		return e
 	}
 	return &Error{URL: f.name, Err: err}
 }

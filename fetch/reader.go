@@ -63,11 +63,16 @@ func (r *reader) fail(err error) {
 	r.cancel(nil)
 	r.drop()
 	if r.next != nil {
-		if a := <-r.next; a.b != nil {
-			a.b.close()
-		}
-		r.next = nil
+		r.forget()
 	}
+}
+
+// forget waits for the request made ahead of time and drops what came of it.
+func (r *reader) forget() {
+	if a := <-r.next; a.b != nil {
+		a.b.close()
+	}
+	r.next = nil
 }
 
 // drop closes the body.
@@ -140,7 +145,7 @@ func (r *reader) step(p []byte) (int, error) {
 	if err != nil {
 		r.drop()
 		if want.Off > 0 && !r.w.ent.resumable() {
-			return 0, err
+			return 0, settled(err)
 		}
 		if t, ok := err.(*temporary); ok && !r.gave && t.error != ErrStalled {
 			t.vague = true
@@ -215,6 +220,9 @@ func (r *reader) connect() (*body, error) {
 	r.span, r.gave = n, false
 	began := time.Now()
 	var a answer
+	if r.next != nil && r.nextAt < off {
+		r.forget() // a server that sent everything has made it needless
+	}
 	if r.next != nil && r.nextAt == off {
 		a = <-r.next
 		r.next = nil
@@ -299,6 +307,10 @@ func (t *retrier) again(ctx context.Context, err error) error {
 	case o.RetryFor < 0:
 		return err
 	case delay > o.RetryFor-t.lost, t.limit > 0 && t.failed >= t.limit, t.vague >= vagueAttempts:
+		var e *Error
+		if errors.As(err, &e) {
+			return &Error{URL: e.URL, Err: fmt.Errorf("%w (attempt %d)", e.Err, t.failed)}
+		}
 		return fmt.Errorf("%w (attempt %d)", err, t.failed)
 	}
 	o.Retrying(t.w.file.wrap(err), delay)

@@ -39,18 +39,24 @@ type temporary struct {
 
 func (t *temporary) Unwrap() error { return t.error }
 
-func openRemote(ctx context.Context, u *url.URL, o *Options) (*File, error) {
-	c := &http.Client{}
-	check := c.CheckRedirect
-	if o.Client != nil {
-		*c = *o.Client
-		c.Jar = nil
-		check = c.CheckRedirect
-	} else {
-		*c = *o.Policy.Client()
+// settled returns err as it is handed on if there is no other attempt.
+func settled(err error) error {
+	if t, ok := err.(*temporary); ok {
+		return t.error
 	}
-	c.CheckRedirect = o.redirects(check)
-	w := &remote{o: o, client: *c, first: u, at: u, ent: entity{size: -1}}
+	return err
+}
+
+func openRemote(ctx context.Context, u *url.URL, o *Options) (*File, error) {
+	w := &remote{o: o, first: u, at: u, ent: entity{size: -1}}
+	if o.Client != nil {
+		w.client = *o.Client
+		w.client.Jar = nil
+	} else {
+		w.client = *o.Policy.Client()
+		w.client.CheckRedirect = nil // o.redirects does the same
+	}
+	w.client.CheckRedirect = o.redirects(w.client.CheckRedirect)
 	w.file = &File{name: clean(u), size: -1, src: w}
 	t := retrier{w: w, limit: openAttempts}
 	for {
@@ -168,7 +174,7 @@ func (w *remote) ask(ctx context.Context, u *url.URL, off, end int64, window tim
 	w.o.Device.set(r.Header)
 	if sameOrigin(u, w.first) {
 		for k, v := range w.o.Header {
-			r.Header[k] = slices.Clone(v)
+			r.Header[http.CanonicalHeaderKey(k)] = slices.Clone(v)
 		}
 	}
 	r.Header.Set("Accept-Encoding", "identity")
@@ -184,10 +190,11 @@ func (w *remote) ask(ctx context.Context, u *url.URL, off, end int64, window tim
 	began := b.wait(window)
 	res, err := Do(&w.client, r)
 	b.came(began, 1)
-	if err != nil {
-		err = b.failure(err)
-	} else if b.rc = res.Body; true {
+	if err == nil {
+		b.rc = res.Body
 		err = b.accept(res, off, end)
+	} else {
+		err = b.failure(err)
 	}
 	if err != nil {
 		b.close()
