@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
@@ -1255,4 +1256,68 @@ func TestRangesInvalid(t *testing.T) {
 		require.NoError(t, f.Close())
 		require.EqualValues(t, 1, f.Requests())
 	})
+}
+
+// Random ranges from a server that fails at random are still the right bytes.
+func TestRandomFaults(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(5, 6))
+	var failures int64
+	for range 300 {
+		s := shelfOf(100_000)
+		s.noLength = rnd.IntN(2) == 0
+		var mu sync.Mutex
+		s.spoil = func(n int, w *answering, r *http.Request) bool {
+			mu.Lock()
+			defer mu.Unlock()
+			at := int64(rnd.IntN(100_000))
+			switch rnd.IntN(8) {
+			case 0:
+				w.WriteHeader(503)
+				return true
+			case 1:
+				abort()
+			case 2:
+				w.at, w.then = at, abort
+			case 3:
+				w.at, w.then = at, func() { <-r.Context().Done(); abort() }
+			case 4:
+				r.Header.Del("Range") // all of it
+			case 5: // a part of it
+				var first, last int64
+				_, _ = fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &first, &last)
+				r.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", first, min(last, first+at)))
+			}
+			return false
+		}
+		rs := randomRanges(rnd, 100_000)
+		gap := rnd.Int64N(10_000) - 1
+		inBubble(t, s.ServeHTTP, func(t *testing.T, b *bench) {
+			var f *File
+			var err error
+			o := b.options(func(o *Options) { o.Gap, o.RetryFor = gap, time.Hour })
+			for f == nil || !f.Ranged() {
+				if f != nil {
+					require.NoError(t, f.Close())
+				}
+				if f, err = Open(t.Context(), testURL, o); err != nil {
+					f = nil // three bad ones in a row
+				}
+			}
+			r, err := f.Ranges(t.Context(), rs)
+			require.NoError(t, err)
+			data, err := io.ReadAll(r)
+			require.NoError(t, r.Close())
+			require.NoError(t, f.Close())
+			want := pick(s.data, rs)
+			if err != nil { // five in a row without a byte
+				require.ErrorContains(t, err, "(attempt")
+				want = want[:len(data)]
+			}
+			require.True(t, bytes.Equal(want, data))
+			mu.Lock()
+			failures += f.Retries()
+			mu.Unlock()
+		})
+	}
+	require.Greater(t, failures, int64(300))
 }
