@@ -1157,7 +1157,10 @@ func TestReadAhead(t *testing.T) {
 	s := shelfOf(testHead + n*1000)
 	s.spoil = func(k int, w *answering, r *http.Request) bool {
 		if k > 1 {
-			time.Sleep(latency)
+			select {
+			case <-time.After(latency):
+			case <-r.Context().Done():
+			}
 		}
 		return false
 	}
