@@ -9,7 +9,9 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/slotota/ota"
 )
@@ -27,7 +29,35 @@ var (
 	ErrRedirect = errors.New("redirect refused")
 	// ErrResponse says that the answer of the server is not understood.
 	ErrResponse = errors.New("the answer is not the HTTP that was expected")
+	// ErrNotModified says that there is nothing to do: the server knows that
+	// the device runs what is at the URL (status 304).
+	ErrNotModified = errors.New("not modified")
+	// ErrChanged says that the file is not the one any more that was opened.
+	ErrChanged error = &sentinel{"the file has changed", ota.ErrChanged}
+	// ErrNoRanges says that a file can be read from its beginning only.
+	ErrNoRanges error = &sentinel{"no ranges of bytes are to be had", ota.ErrUnsupported}
+	// ErrStalled says that too few bytes came for too long.
+	ErrStalled = errors.New("stalled")
+	// ErrTooLarge says that a file is larger than allowed.
+	ErrTooLarge error = &sentinel{"larger than allowed", ota.ErrTooLarge}
 )
+
+// StatusError is an answer that is neither the file nor ErrNotModified.
+type StatusError struct {
+	Code int // of the HTTP response
+	// RetryAfter is how long the server wants to be left alone; 0 if it did
+	// not say.
+	RetryAfter time.Duration
+}
+
+// Error formats e; nothing in it is text of the server.
+func (e *StatusError) Error() string {
+	s := "the server answered " + strconv.Itoa(e.Code)
+	if t := http.StatusText(e.Code); t != "" {
+		s += " " + t
+	}
+	return s
+}
 
 // sentinel is an error value that is also another one.
 type sentinel struct {
@@ -115,16 +145,23 @@ func Do(c *http.Client, r *http.Request) (*http.Response, error) {
 			e.URL = clean(u)
 		}
 	}
-	if !harmless(e.Err) {
-		e.Err = &sentinel{ErrResponse.Error(), errors.Join(ErrResponse, e.Err)}
-	}
+	e.Err = safe(e.Err)
 	return nil, e
+}
+
+// safe returns err, hidden in an ErrResponse if its text may hold something of an
+// answer.
+func safe(err error) error {
+	if harmless(err) {
+		return err
+	}
+	return &sentinel{ErrResponse.Error(), errors.Join(ErrResponse, err)}
 }
 
 // harmless reports whether the text of err is known to quote nothing that came
 // in an answer. Those of net/http quote what they find malformed.
 func harmless(err error) bool {
-	for _, is := range []error{ErrURL, ErrPolicy, ErrAddress, ErrRedirect, context.Canceled, context.DeadlineExceeded,
+	for _, is := range []error{ErrURL, ErrPolicy, ErrAddress, ErrRedirect, ErrResponse, context.Canceled, context.DeadlineExceeded,
 		io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, http.ErrSchemeMismatch} {
 		if errors.Is(err, is) {
 			return true

@@ -19,6 +19,11 @@ const (
 	maxHeader           = 64 << 10 // bytes of a response's header
 	maxURL              = 8 << 10  // bytes of a URL
 	idleTimeout         = 30 * time.Second
+
+	// What HTTP/2 may hold in memory for a reader that is slower than the
+	// server. The defaults are 4 MiB and more.
+	streamBuffer = 1 << 20
+	connBuffer   = 2 << 20
 )
 
 // Policy says what may be fetched. The zero value and nil allow HTTPS from any
@@ -44,6 +49,9 @@ type Policy struct {
 	// IPv4 address inside of an IPv6 one (64:ff9b::/96, RFC 6052) must be
 	// allowed by itself, too.
 	AllowAddrs []netip.Prefix
+	// AllowFile permits file: URLs, of any file that this program may read. No
+	// redirect leads to one even so.
+	AllowFile bool
 
 	// MaxRedirects is how many redirects in a row are followed; 0 means
 	// DefaultMaxRedirects, less than 0 none.
@@ -57,6 +65,11 @@ type Policy struct {
 	TLS *tls.Config
 	// Resolver looks up names; nil means net.DefaultResolver.
 	Resolver *net.Resolver
+	// Proxy is what requests go through, as [http.ProxyURL] takes it; nil means
+	// none, whatever the environment says. Its own address is not checked. It
+	// looks up the names of hosts, and so it must do what AllowLoopback and
+	// the like are for: only addresses that stand in a URL are checked here.
+	Proxy *url.URL
 }
 
 // Client returns a new client that fetches what p allows. It takes no proxy from
@@ -77,10 +90,16 @@ func (p *Policy) Client() *http.Client {
 	dialer := &net.Dialer{
 		Timeout:  timeout,
 		Resolver: p.Resolver,
-		Control:  func(_, address string, _ syscall.RawConn) error { return p.checkDial(address) },
+	}
+	var proxy func(*http.Request) (*url.URL, error)
+	if p.Proxy != nil {
+		proxy = http.ProxyURL(p.Proxy)
+	} else {
+		dialer.Control = func(_, address string, _ syscall.RawConn) error { return p.checkDial(address) }
 	}
 	return &http.Client{
 		Transport: &transport{p: p, t: &http.Transport{
+			Proxy:                  proxy,
 			DialContext:            dialer.DialContext,
 			TLSClientConfig:        p.TLS.Clone(),
 			TLSHandshakeTimeout:    timeout,
@@ -89,6 +108,10 @@ func (p *Policy) Client() *http.Client {
 			MaxResponseHeaderBytes: maxHeader,
 			DisableCompression:     true,
 			ForceAttemptHTTP2:      true,
+			HTTP2: &http.HTTP2Config{
+				MaxReceiveBufferPerStream:     streamBuffer,
+				MaxReceiveBufferPerConnection: connBuffer,
+			},
 		}},
 		CheckRedirect: p.CheckRedirect,
 	}
@@ -102,7 +125,8 @@ type transport struct {
 
 // RoundTrip implements http.RoundTripper.
 func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
-	if err := t.p.CheckURL(r.URL); err != nil {
+	if err := t.p.checkURL(r.URL); err != nil {
+		err = &Error{URL: clean(r.URL), Err: err}
 		if r.Body != nil {
 			r.Body.Close()
 		}
@@ -147,12 +171,17 @@ func (p *Policy) CheckURL(u *url.URL) error {
 	if p == nil {
 		p = &Policy{}
 	}
-	if err := p.checkURL(u); err != nil {
+	check := p.checkURL
+	if p.AllowFile && u.Scheme == "file" {
+		check = checkFile
+	}
+	if err := check(u); err != nil {
 		return &Error{URL: clean(u), Err: err}
 	}
 	return nil
 }
 
+// checkURL checks a URL that is not that of a local file.
 func (p *Policy) checkURL(u *url.URL) error {
 	switch {
 	case u.Scheme == "":

@@ -78,6 +78,9 @@ func (d *fakeDevice) Update(ctx context.Context, img ota.Image, o *ota.UpdateOpt
 	if err := d.call("update"); err != nil {
 		return ota.UpdateResult{Slot: ota.NoSlot}, err
 	}
+	if c, ok := img.(closingImage); ok {
+		img = c.fakeImage
+	}
 	r := img.(fakeImage).r
 	if update != nil {
 		return update(ctx, r)

@@ -202,6 +202,12 @@ type Options struct {
 	// the image, for OTA.Update and OTA.Begin. It must give up when r fails.
 	// nil refuses both.
 	Open func(ctx context.Context, r io.Reader) (ota.Image, error)
+	// OpenRanges, if not nil, takes the place of Open for what OTA.Update
+	// downloads from a server that takes range requests. The image may then
+	// leave out what the device has already. If the error wraps
+	// [ota.ErrUnsupported], Open gets the file all the same. An image that is an
+	// io.Closer is closed.
+	OpenRanges func(ctx context.Context, f *fetch.File) (ota.Image, error)
 
 	// Authorizer decides about every call; required unless NoAuth.
 	Authorizer Authorizer
@@ -250,7 +256,9 @@ type Options struct {
 	OpenFile func(name string) (io.ReadCloser, error)
 
 	// UpdateTimeout is how long an update waits for data before it gives up,
-	// if the caller does not say; 0 means DefaultUpdateTimeout.
+	// if the caller does not say; 0 means DefaultUpdateTimeout. As long it goes
+	// on without success after a connection broke; a URL that cannot be opened
+	// is tried three times only. See RetryFor of [fetch.Options].
 	UpdateTimeout time.Duration
 	// TotalTimeout bounds an update as a whole; 0 means DefaultTotalTimeout,
 	// and a negative value no bound. No other update can start meanwhile,

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"sync/atomic"
@@ -55,9 +56,6 @@ func (u *update) failure(code int) error {
 
 // errUpdateBusy is the refusal of an update while another is under way.
 var errUpdateBusy = fmt.Errorf("rpcjson: an update is under way: %w", ota.ErrBusy)
-
-// errSame says that a server has nothing newer.
-var errSame = errors.New("rpcjson: not modified")
 
 // install starts u in a goroutine: open is asked for the data, which is then
 // read as a firmware file and installed. It returns early if that cannot work.
@@ -123,19 +121,33 @@ func (s *Server) installNow(ctx context.Context, o ota.UpdateOptions, open func(
 		}
 	}()
 	body, err := open(ctx)
-	if errors.Is(err, errSame) {
+	if errors.Is(err, fetch.ErrNotModified) {
 		return true, nil
 	}
 	if err != nil {
 		return false, err
 	}
 	defer body.Close()
-	img, err := s.o.Open(ctx, body)
+	img, err := s.image(ctx, body)
 	if err != nil {
 		return false, err
 	}
+	if c, ok := img.(io.Closer); ok {
+		defer c.Close()
+	}
 	res, err := s.d.Update(ctx, img, &o)
 	return res.Same, err
+}
+
+// image reads the beginning of a firmware file.
+func (s *Server) image(ctx context.Context, body io.ReadCloser) (ota.Image, error) {
+	if d, ok := body.(*download); ok && s.o.OpenRanges != nil && d.Ranged() {
+		img, err := s.o.OpenRanges(ctx, d.File)
+		if !errors.Is(err, ota.ErrUnsupported) {
+			return img, err
+		}
+	}
+	return s.o.Open(ctx, body)
 }
 
 // times returns the arguments timeout and commit_timeout.
@@ -202,34 +214,37 @@ func (s *Server) otaUpdate(ctx context.Context, r *Request) (any, error) {
 	return true, nil
 }
 
-// newClient returns the client for downloads, which applies the policy to
-// redirects too.
+// newClient returns the client for downloads.
 func (s *Server) newClient() *http.Client {
-	c := *s.fetch.Client()
-	check := func(*http.Request, []*http.Request) error { return nil }
+	c, check := *s.fetch.Client(), s.fetch.CheckRedirect
 	if s.o.HTTPClient != nil {
-		c = *s.o.HTTPClient
-		if c.CheckRedirect != nil {
-			check = c.CheckRedirect
-		}
+		c, check = *s.o.HTTPClient, s.o.HTTPClient.CheckRedirect
 	}
 	c.CheckRedirect = func(req *http.Request, via []*http.Request) error {
-		err := s.fetch.CheckRedirect(req, via)
-		if err == nil && s.o.AllowURL != nil {
-			if err = s.o.AllowURL(req.URL); err != nil {
-				err = fmt.Errorf("%w: %w", fetch.ErrRedirect, err)
+		if s.o.AllowURL != nil {
+			if err := s.o.AllowURL(req.URL); err != nil {
+				return fmt.Errorf("%w: %w", fetch.ErrRedirect, err)
 			}
 		}
-		if err == nil {
-			err = check(req, via)
+		if check == nil {
+			return nil
 		}
-		return err
+		return check(req, via)
 	}
 	return &c
 }
 
-// reason returns err without the URL, which the caller knows.
+// reason returns err without the URL, which the caller knows, and in the words of
+// the original if it has some.
 func reason(err error) error {
+	var status *fetch.StatusError
+	var late net.Error
+	switch {
+	case errors.As(err, &status):
+		return errorf(resultFailed, "Invalid HTTP response code: %d", status.Code)
+	case errors.Is(err, fetch.ErrStalled), errors.As(err, &late) && late.Timeout() && !errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("%w: %w", errTimedOut, err)
+	}
 	var e *fetch.Error
 	if errors.As(err, &e) {
 		return e.Err
@@ -237,95 +252,61 @@ func reason(err error) error {
 	return err
 }
 
-// download requests u with the headers of the original (mgos_ota_http_client).
-// The body gives up when it waits for data longer than stall.
+// download is a file on a server. If it is read it is read from its beginning.
+type download struct {
+	*fetch.File
+	ctx  context.Context
+	u    *update
+	body io.ReadCloser // nil before the first Read
+	idle func()        // closes idle connections
+}
+
+// download opens the file at a URL. It gives up when it waits for data longer than
+// stall.
 func (s *Server) download(ctx context.Context, target *url.URL, stall time.Duration, u *update) (io.ReadCloser, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target.String(), nil)
+	i := &s.o.Info
+	f, err := fetch.Open(ctx, target.String(), &fetch.Options{
+		Policy: &s.fetch,
+		Client: s.client,
+		Device: &fetch.Device{ID: s.o.ID, MAC: i.MAC, App: i.App, Version: i.Version, BuildID: i.BuildID,
+			Platform: i.Platform, OSVersion: i.OSVersion},
+		RetryFor:  stall,
+		StallTime: min(stall, fetch.DefaultStallTime),
+		MinRate:   -1, // stall is the only limit that there is
+		Retrying: func(err error, wait time.Duration) {
+			s.log.Warn("download interrupted", "err", err, "again_in", wait)
+		},
+	})
 	if err != nil {
-		cancel(nil)
-		return nil, errors.New("url: cannot be requested")
+		return nil, reason(err)
 	}
-	i := s.o.Info
-	for _, v := range []*string{&i.App, &i.Version, &i.BuildID, &i.Platform, &i.MAC, &i.OSVersion} {
-		*v = headerText(*v)
+	d := &download{File: f, ctx: ctx, u: u, idle: s.client.CloseIdleConnections}
+	if s.o.HTTPClient != nil {
+		d.idle = func() {}
 	}
-	req.Header.Set("Connection", "close") // as a header it outlives redirects
-	req.Header.Set("X-MGOS-Device-ID", s.o.ID+" "+i.MAC)
-	req.Header.Set("User-Agent", fmt.Sprintf("%s/%s (MongooseOS/%s; %s)", i.App, i.Version, i.OSVersion, i.Platform))
-	req.Header.Set("X-MGOS-FW-Version", fmt.Sprintf("%s %s %s", i.Platform, i.Version, i.BuildID))
-	req.Header.Set("Accept-Encoding", "identity")
+	return d, nil
+}
 
-	b := &stallBody{stall: stall, cancel: cancel, ctx: ctx, taken: &u.taken}
-	b.arm()
-	res, err := fetch.Do(s.client, req)
-	b.disarm()
-	if err == nil {
-		b.ReadCloser = res.Body
-		if res.StatusCode == http.StatusOK {
-			u.size.Store(max(0, res.ContentLength))
-			return b, nil
+func (d *download) Read(p []byte) (n int, err error) {
+	if d.body == nil {
+		d.u.size.Store(max(0, d.Size()))
+		if d.body, err = d.Stream(d.ctx); err != nil {
+			return 0, reason(err)
 		}
-		res.Body.Close()
-		err = errorf(resultFailed, "Invalid HTTP response code: %d", res.StatusCode)
-		if res.StatusCode == http.StatusNotModified {
-			err = errSame
-		}
-	} else {
-		err = b.why(err)
 	}
-	cancel(nil)
-	return nil, err
-}
-
-// headerText returns s fit to be a part of a header.
-func headerText(s string) string {
-	s = printableText(s)
-	return s[:min(len(s), 128)]
-}
-
-// stallBody is the body of a download. The time limit runs only while data is
-// awaited: slow flash is no reason to give up.
-type stallBody struct {
-	io.ReadCloser
-	stall  time.Duration
-	timer  *time.Timer
-	ctx    context.Context
-	cancel context.CancelCauseFunc
-	taken  *atomic.Int64
-}
-
-func (b *stallBody) arm() {
-	if b.timer == nil {
-		b.timer = time.AfterFunc(b.stall, func() { b.cancel(errTimedOut) })
-	} else {
-		b.timer.Reset(b.stall)
-	}
-}
-
-func (b *stallBody) disarm() { b.timer.Stop() }
-
-// why returns the reason for which ctx ended, else err.
-func (b *stallBody) why(err error) error {
-	if c := context.Cause(b.ctx); c == errTimedOut {
-		return c
-	}
-	return reason(err)
-}
-
-func (b *stallBody) Read(p []byte) (int, error) {
-	b.arm()
-	n, err := b.ReadCloser.Read(p)
-	b.disarm()
-	b.taken.Add(int64(n))
+	n, err = d.body.Read(p)
+	d.u.taken.Add(int64(n))
 	if err != nil && err != io.EOF {
-		err = b.why(err)
+		err = reason(err)
 	}
 	return n, err
 }
 
-func (b *stallBody) Close() error {
-	b.disarm()
-	b.cancel(nil)
-	return b.ReadCloser.Close()
+func (d *download) Close() error {
+	if d.body != nil {
+		d.body.Close()
+	}
+	err := d.File.Close()
+	d.idle()
+	return err
 }

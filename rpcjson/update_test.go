@@ -3,11 +3,13 @@ package rpcjson
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -21,10 +23,9 @@ import (
 func TestUpdateByURL(t *testing.T) {
 	firmware := strings.Repeat("firmware", 10000)
 	var got http.Header
-	var closes bool
 	mux := http.NewServeMux()
 	mux.HandleFunc("/fw.zip", func(w http.ResponseWriter, r *http.Request) {
-		got, closes = r.Header, r.Close
+		got = r.Header
 		_, _ = io.WriteString(w, firmware)
 	})
 	mux.HandleFunc("/same", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNotModified) })
@@ -54,7 +55,7 @@ func TestUpdateByURL(t *testing.T) {
 		"/same":    `"result":true`,
 		"/short":   fail(-1, "Unexpected end of data"),
 		"/missing": fail(-1, "Invalid HTTP response code: 404"),
-		"/partial": fail(-1, "Invalid HTTP response code: 206"),
+		"/partial": fail(-1, "the answer is not the HTTP that was expected: a part without a valid Content-Range"),
 	} {
 		d := newFake()
 		s := newTest(t, d, func(o *Options) {
@@ -66,7 +67,7 @@ func TestUpdateByURL(t *testing.T) {
 				return nil
 			}
 		})
-		require.Equal(t, want, do(t, s, "OTA.Update", `{"url":"`+srv.URL+path+`","commit_timeout":5,"ignore_same_version":true}`), path)
+		require.Equal(t, want, do(t, s, "OTA.Update", `{"url":"`+srv.URL+path+`","timeout":1,"commit_timeout":5,"ignore_same_version":true}`), path)
 		ok := want == `"result":true`
 		if ok && path != "/same" {
 			require.Equal(t, firmware, string(d.got))
@@ -87,7 +88,6 @@ func TestUpdateByURL(t *testing.T) {
 	require.Equal(t, "esp32_123456 240AC4123456", got.Get("X-MGOS-Device-ID"))
 	require.Equal(t, "demo/1.0 (MongooseOS/2.19.1; esp32)", got.Get("User-Agent"))
 	require.Equal(t, "esp32 1.0 20190923-002345/x", got.Get("X-MGOS-FW-Version"))
-	require.True(t, closes, "Connection: close")
 	require.Equal(t, "identity", got.Get("Accept-Encoding"))
 }
 
@@ -212,11 +212,13 @@ func TestUpdateStalls(t *testing.T) {
 		"no answer": {func(*http.Request) *http.Response { return nil }, 0, 10 * time.Second},
 		"body": {func(r *http.Request) *http.Response {
 			res := response(200, "")
+			res.ContentLength = -1
 			res.Body = &stuckBody{r.Context(), 60}
 			return res
 		}, 0, 70 * time.Second},
 		"total": {func(r *http.Request) *http.Response {
 			res := response(200, "")
+			res.ContentLength = -1
 			res.Body = &stuckBody{r.Context(), 60}
 			return res
 		}, 65 * time.Second, 65 * time.Second},
@@ -363,6 +365,113 @@ func TestPullProgress(t *testing.T) {
 	d := newFake()
 	d.busy, d.progress = "update", 0.5
 	require.Equal(t, statusText(1, "progress", true, 50), do(t, newTest(t, d, nil), "OTA.Status", ""), "one that the program itself started")
+}
+
+// broken ends with an error.
+type broken struct{ io.Reader }
+
+func (b broken) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	if err == io.EOF {
+		err = syscall.ECONNRESET
+	}
+	return n, err
+}
+func (broken) Close() error { return nil }
+
+// ranged answers requests for ranges of data. Every connection but every third
+// breaks in the middle.
+func ranged(t testing.TB, data string, asked *[]string) roundTrip {
+	return func(r *http.Request) *http.Response {
+		*asked = append(*asked, r.Header.Get("Range"))
+		var first, last int
+		_, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &first, &last)
+		require.NoError(t, err)
+		last = min(last, len(data)-1)
+		res := response(206, data[first:last+1])
+		res.Header.Set("ETag", `"x"`)
+		res.Header.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", first, last, len(data)))
+		if len(*asked)%3 != 0 && len(*asked) > 1 {
+			require.Equal(t, `"x"`, r.Header.Get("If-Range"))
+			res.Body = broken{strings.NewReader(data[first : first+(last+1-first)/2])}
+		}
+		return res
+	}
+}
+
+// A broken connection costs a request, not the update.
+func TestPullResumes(t *testing.T) {
+	data := strings.Repeat("firmware", 1<<18)
+	synctest.Test(t, func(t *testing.T) {
+		var asked []string
+		d := newFake()
+		s := newTest(t, d, func(o *Options) { o.HTTPClient = &http.Client{Transport: ranged(t, data, &asked)} })
+		require.Equal(t, `"result":true`, do(t, s, "OTA.Update", `{"url":"https://h/"}`))
+		require.Equal(t, data, string(d.got))
+		require.Equal(t, []string{"bytes=0-65535", "bytes=65536-2097151", "bytes=1081344-2097151"}, asked)
+	})
+}
+
+// closingImage tells when it is closed.
+type closingImage struct {
+	fakeImage
+	closed *bool
+}
+
+func (i closingImage) Close() error { *i.closed = true; return nil }
+
+// The image chooses what of the file it reads, where the server permits that.
+func TestPullRanges(t *testing.T) {
+	data := strings.Repeat("firmware", 1<<18)
+	for name, c := range map[string]struct {
+		err    error
+		ranges bool
+		want   string
+	}{
+		"ranges":           {nil, true, data[100:200] + data[1_000_000:1_000_100]},
+		"not that bundle":  {fmt.Errorf("no chunks: %w", ota.ErrUnsupported), true, data},
+		"bad bundle":       {ota.ErrUnverified, true, ""},
+		"not that server ": {nil, false, data},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var asked []string
+				var closed bool
+				d := newFake()
+				d.update = func(_ context.Context, r io.Reader) (ota.UpdateResult, error) {
+					b, err := io.ReadAll(r)
+					d.got = b
+					return ota.UpdateResult{Slot: 1}, err
+				}
+				s := newTest(t, d, func(o *Options) {
+					o.HTTPClient = &http.Client{Transport: ranged(t, data, &asked)}
+					if !c.ranges {
+						o.HTTPClient.Transport = roundTrip(func(*http.Request) *http.Response { return response(200, data) })
+					}
+					o.Open = func(_ context.Context, r io.Reader) (ota.Image, error) {
+						return closingImage{fakeImage{r}, &closed}, nil
+					}
+					o.OpenRanges = func(ctx context.Context, f *fetch.File) (ota.Image, error) {
+						require.True(t, c.ranges)
+						require.EqualValues(t, len(data), f.Size())
+						if c.err != nil {
+							return nil, c.err
+						}
+						r, err := f.Ranges(ctx, []ota.Range{{Off: 100, Len: 100}, {Off: 1_000_000, Len: 100}})
+						return closingImage{fakeImage{r}, &closed}, err
+					}
+				})
+				reply := do(t, s, "OTA.Update", `{"url":"https://h/"}`)
+				if c.want == "" {
+					require.Equal(t, fail(-1, "the image is not authenticated"), reply)
+					return
+				}
+				require.Equal(t, `"result":true`, reply)
+				require.Equal(t, c.want, string(d.got))
+				require.True(t, closed)
+			})
+		})
+	}
 }
 
 // counted counts how often it is closed.
