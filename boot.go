@@ -16,7 +16,8 @@ type BootOptions struct {
 	// whatever the image format itself provides. An error counts as a failed
 	// verification. It may be nil.
 	Check func(ctx context.Context, id SlotID) error
-	// BufferSize is the size of a read buffer; 0 means 256 KiB.
+	// BufferSize is the size of each of the two read buffers; 0 leaves it to the
+	// medium and is 512 KiB at most.
 	BufferSize int
 }
 
@@ -71,7 +72,7 @@ func boot(ctx context.Context, b Bootloader, slots []Slot, o *BootOptions) (Hand
 	if err != nil {
 		return Handover{}, err
 	}
-	p := &booter{b: b, slots: slots, order: order, check: o.Check, in: newInstaller(o.BufferSize, nil)}
+	p := &booter{b: b, slots: slots, order: order, check: o.Check, in: newInstaller(o.BufferSize, nil, nil)}
 	s, err := loadHealed(ctx, b)
 	if err == nil {
 		err = checkState(s, slots)

@@ -57,6 +57,32 @@ type ErasedByter interface {
 	ErasedByte() byte
 }
 
+// DirectReader is an optional interface of a [Flash] whose ReadAt may be answered
+// from memory, such as the page cache of an operating system.
+type DirectReader interface {
+	// DirectReader returns a reader of the same bytes that asks the medium. It
+	// sees what WriteAt has written as soon as that has returned, before Sync,
+	// and is as safe for concurrent use as ReadAt. It is fastest with memory,
+	// offsets and lengths aligned to 4096. It returns nil if there is no such
+	// reader; then, after a successful Sync, ReadAt should ask the medium.
+	DirectReader() io.ReaderAt
+}
+
+// Zeroer is an optional interface of a [Flash] that can make bytes zero for less
+// than it costs to write them.
+type Zeroer interface {
+	// Zero makes the n bytes at off read as zeros; like a write, it is durable
+	// after Sync. An error that wraps ErrUnsupported says that nothing was done
+	// and that zeros have to be written.
+	Zero(off, n int64) error
+}
+
+// IOSizer is an optional interface of a [Flash] with a preferred size of reads and
+// writes.
+type IOSizer interface {
+	IOSize() int64
+}
+
 // EraseUnit returns start and length of the erase unit of f that holds off. It
 // returns n = 0 if f needs no erasing.
 func EraseUnit(f Flash, off int64) (start, n int64) {
@@ -81,6 +107,31 @@ func WriteSize(f Flash) int64 {
 		return max(1, w.WriteSize())
 	}
 	return 1
+}
+
+// IOSize returns the size of reads and writes that f prefers, 0 if it has not said.
+func IOSize(f Flash) int64 {
+	if s, ok := f.(IOSizer); ok {
+		return max(0, s.IOSize())
+	}
+	return 0
+}
+
+// Direct returns a reader that asks the medium of f, or nil; see [DirectReader].
+func Direct(f Flash) io.ReaderAt {
+	if d, ok := f.(DirectReader); ok {
+		return d.DirectReader()
+	}
+	return nil
+}
+
+// Zero makes bytes of f zero, as [Zeroer] has it. The error wraps ErrUnsupported
+// if f cannot.
+func Zero(f Flash, off, n int64) error {
+	if z, ok := f.(Zeroer); ok {
+		return z.Zero(off, n)
+	}
+	return ErrUnsupported
 }
 
 // ErasedByte returns the value of an erased byte of f: 0xFF unless f says
@@ -123,8 +174,33 @@ type region struct {
 func (r *region) Size() int64      { return r.n }
 func (r *region) Sync() error      { return r.f.Sync() }
 func (r *region) WriteSize() int64 { return WriteSize(r.f) }
+func (r *region) IOSize() int64    { return IOSize(r.f) }
 
-func (r *region) ReadAt(p []byte, off int64) (int, error) {
+func (r *region) ReadAt(p []byte, off int64) (int, error) { return r.read(r.f, p, off) }
+
+// DirectReader implements [DirectReader].
+func (r *region) DirectReader() io.ReaderAt {
+	d := Direct(r.f)
+	if d == nil {
+		return nil
+	}
+	return readerAt(func(p []byte, off int64) (int, error) { return r.read(d, p, off) })
+}
+
+type readerAt func(p []byte, off int64) (int, error)
+
+func (f readerAt) ReadAt(p []byte, off int64) (int, error) { return f(p, off) }
+
+// Zero implements [Zeroer].
+func (r *region) Zero(off, n int64) error {
+	if off < 0 || n < 0 || off > r.n || n > r.n-off {
+		return fmt.Errorf("ota: zeroing %d bytes at %d: outside of a region of %d bytes: %w", n, off, r.n, ErrTooLarge)
+	}
+	return Zero(r.f, r.off+off, n)
+}
+
+// read reads through from, which has the offsets of r.f.
+func (r *region) read(from io.ReaderAt, p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, fmt.Errorf("ota: read at %d: %w", off, ErrInvalid)
 	}
@@ -132,13 +208,13 @@ func (r *region) ReadAt(p []byte, off int64) (int, error) {
 		return 0, io.EOF
 	}
 	if rest := r.n - off; int64(len(p)) > rest {
-		n, err := r.f.ReadAt(p[:rest], r.off+off)
+		n, err := from.ReadAt(p[:rest], r.off+off)
 		if err == nil {
 			err = io.EOF
 		}
 		return n, err
 	}
-	return r.f.ReadAt(p, r.off+off)
+	return from.ReadAt(p, r.off+off)
 }
 
 func (r *region) WriteAt(p []byte, off int64) (int, error) {

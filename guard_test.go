@@ -143,7 +143,7 @@ func TestEraseGivenUp(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		r := newRig(t, g, ota.Options{OnEvent: func(e ota.Event) {
-			if e.Phase == ota.PhaseErasing && e.Part == "app" {
+			if e.Phase == ota.PhaseWriting && e.Part == "app" {
 				cancel()
 			}
 		}})

@@ -57,11 +57,31 @@ type PartInfo struct {
 
 // Chunks are the digests of consecutive pieces of a part: Size bytes each, the
 // last one maybe shorter. With them a piece is checked before it is written,
-// and one that is in place already needs neither be read nor written.
+// and one that is in place already needs neither be read nor written. A part that
+// has them must have a SHA256 too.
 type Chunks struct {
-	Size   int64 // bytes, more than 0
+	Size   int64 // bytes, from 1 to MaxChunk
 	SHA256 [][32]byte
 }
+
+// MaxChunk bounds the size of a chunk, because one is kept in memory until it is
+// checked.
+const MaxChunk = 4 << 20
+
+// valid reports whether c describes size bytes.
+func (c *Chunks) valid(size int64) bool {
+	if c.Size <= 0 || c.Size > MaxChunk {
+		return false
+	}
+	n := size / c.Size
+	if size%c.Size > 0 {
+		n++
+	}
+	return int64(len(c.SHA256)) == n
+}
+
+// end returns where chunk i of size bytes ends.
+func (c *Chunks) end(i, size int64) int64 { return min((i+1)*c.Size, size) }
 
 // Range is a run of bytes.
 type Range struct{ Off, Len int64 }
@@ -76,6 +96,13 @@ type Range struct{ Off, Len int64 }
 // no ranges at all the part is passed over.
 type Selector interface {
 	Select(wanted []Range) error
+}
+
+// Downloader is an optional interface of an [Image] that comes over a network.
+type Downloader interface {
+	// Downloaded returns how many bytes were fetched so far. It is safe for
+	// concurrent use and does not wait.
+	Downloaded() int64
 }
 
 // ImagePart is a part of an image with its data.

@@ -4,34 +4,107 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
-	"hash"
 	"io"
+	"reflect"
+	"sync"
+	"sync/atomic"
 )
 
-// defaultBuffer is the size of one of the two buffers of an install.
-const defaultBuffer = 256 << 10
-
-// eraseStep bounds how much is erased between two looks at the context.
-const eraseStep = 1 << 20
+const (
+	// defaultBlock is the size of a block.
+	defaultBlock = 256 << 10
+	// spareBlocks is how many blocks there are beside those that one chunk takes:
+	// one with each of reader, checker and writer, one between each two of them,
+	// and one that a chunk shares with its neighbour.
+	spareBlocks = 5
+	// pageSize is what direct I/O wants memory, offsets and lengths aligned to.
+	pageSize = 4096
+	// grainSize is the unit of media without erase units, if chunks are no smaller.
+	grainSize = 64 << 10
+	// maxBackoff bounds how many blocks go by uncompared.
+	maxBackoff = 64
+)
 
 // installer writes, verifies and hashes parts of slots. It belongs to one
 // operation and is not safe for concurrent use.
 type installer struct {
-	bufs [2][]byte
+	size   int64 // of a block, 0 for the default
+	blocks []*block
+	bufs   [2][]byte // for reading back, beside blocks
+	old    []byte    // for comparing
+	failed bool      // the flash has, in a write, an erase or a sync
+	counts *counters
 	// progress is told how far the current phase of the current part is.
 	progress func(phase Phase, done, total int64)
 }
 
-func newInstaller(size int, progress func(Phase, int64, int64)) *installer {
-	if size <= 0 {
-		size = defaultBuffer
+// counters are what [Counts] is made of.
+type counters struct {
+	last                           Counts // to begin with
+	fetched                        func() int64
+	read, copied, skipped, written atomic.Int64
+}
+
+func (c *counters) sum() Counts {
+	s := c.last
+	if c.fetched != nil {
+		s.Downloaded = c.fetched()
 	}
+	s.Read += c.read.Load()
+	s.Copied += c.copied.Load()
+	s.Skipped += c.skipped.Load()
+	s.Written += c.written.Load()
+	return s
+}
+
+func newInstaller(size int, counts *counters, progress func(Phase, int64, int64)) *installer {
 	if progress == nil {
 		progress = func(Phase, int64, int64) {}
 	}
-	return &installer{bufs: [2][]byte{make([]byte, size), make([]byte, size)}, progress: progress}
+	if counts == nil {
+		counts = &counters{}
+	}
+	return &installer{size: int64(size), counts: counts, progress: progress}
+}
+
+// blockSize returns the size of a block for f.
+func (in *installer) blockSize(f Flash) int64 {
+	if in.size > 0 {
+		return in.size
+	}
+	if n := IOSize(f); n > 0 {
+		return min(max(n, pageSize), 2*defaultBlock)
+	}
+	return defaultBlock
+}
+
+// aligned returns n bytes that begin on a page.
+func aligned(n int64) []byte {
+	if n < pageSize {
+		return make([]byte, n)
+	}
+	b := make([]byte, n+pageSize-1)
+	skip := -int64(reflect.ValueOf(b).Pointer()) & (pageSize - 1)
+	return b[skip : skip+n : skip+n]
+}
+
+// grow makes *b at least n bytes long.
+func grow(b *[]byte, n int64) {
+	if int64(len(*b)) < n {
+		*b = aligned(n)
+	}
+}
+
+// pool returns n blocks of size bytes.
+func (in *installer) pool(n int, size int64) []*block {
+	for len(in.blocks) < n {
+		in.blocks = append(in.blocks, &block{})
+	}
+	for _, b := range in.blocks[:n] {
+		grow(&b.buf, size)
+	}
+	return in.blocks[:n]
 }
 
 // fits reports whether n bytes can be installed into f.
@@ -43,134 +116,53 @@ func fits(f Flash, n int64) error {
 	return nil
 }
 
-// install erases f as far as needed, writes exactly size bytes of data to it,
-// syncs, and returns their digest. Nothing is verified yet. The data is read
-// on the calling goroutine while another one hashes and writes; it has ended
-// when install returns. stop is called at the first error of that goroutine, to
-// end a read that blocks.
-func (in *installer) install(ctx context.Context, f Flash, data io.Reader, size int64, stop func()) (PartState, error) {
-	if err := in.erase(ctx, f, size); err != nil {
-		return PartState{}, err
-	}
-	// A buffer is a whole number of write units, so that only the last write
-	// is padded.
-	unit := WriteSize(f)
-	step := max(int64(len(in.bufs[0]))/unit, 1) * unit
-	for i := range in.bufs {
-		if int64(len(in.bufs[i])) < step {
-			in.bufs[i] = make([]byte, step)
-		}
-	}
-	free := make(chan []byte, len(in.bufs))
-	for _, b := range in.bufs {
-		free <- b
-	}
-	full := make(chan []byte, len(in.bufs))
-	w := partWriter{f: f, unit: unit, sum: sha256.New(), total: size, progress: in.progress}
-	written := make(chan error, 1)
-	go func() {
-		var err error
-		for b := range full {
-			if err == nil {
-				if err = w.write(b); err != nil {
-					stop()
-				}
-			}
-			free <- b[:cap(b)]
-		}
-		written <- err
-	}()
-	rerr := readChunks(ctx, data, size, step, free, full)
-	close(full)
-	if err := <-written; err != nil {
-		return PartState{}, err
-	}
-	if rerr != nil {
-		return PartState{}, rerr
-	}
-	if err := f.Sync(); err != nil {
-		return PartState{}, err
-	}
-	st := PartState{Size: size}
-	w.sum.Sum(st.SHA256[:0])
-	return st, nil
+// job is a part to be installed.
+type job struct {
+	f    Flash
+	want *PartInfo
+	data io.Reader
+	// suspect says that f may hold what a power cut has left behind.
+	suspect bool
+	// others hold firmware that chunks may be copied from.
+	others []source
+	// stop ends a read of data that blocks.
+	stop func()
 }
 
-// readChunks reads exactly size bytes of data, in steps, into buffers from
-// free, and passes them on through full.
-func readChunks(ctx context.Context, data io.Reader, size, step int64, free <-chan []byte, full chan<- []byte) error {
-	for off := int64(0); off < size; {
-		b := <-free
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		n, err := io.ReadFull(data, b[:min(step, size-off)])
-		off += int64(n)
-		if err != nil {
-			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-				err = fmt.Errorf("%d of %d bytes: %w: %w", off, size, ErrTooSmall, io.ErrUnexpectedEOF)
-			}
-			return err
-		}
-		full <- b[:n]
-	}
-	// The read after the last byte reports what the format checks by itself.
-	var one [1]byte
-	switch n, err := io.ReadFull(data, one[:]); {
-	case n != 0:
-		return fmt.Errorf("more than the declared %d bytes: %w", size, ErrTooLarge)
-	case err != io.EOF:
-		return err
-	}
-	return ctx.Err()
+// written is what install did.
+type written struct {
+	PartState
+	// direct is the digest of what the medium holds, if it was read back already.
+	direct *[32]byte
 }
 
-// partWriter writes a part in order and hashes what it hands to the flash.
-type partWriter struct {
-	f          Flash
-	unit       int64
-	off, total int64
-	sum        hash.Hash
-	progress   func(Phase, int64, int64)
+// install makes j.f hold exactly the bytes of a part, syncs, and returns their
+// digest. Unless it was read back already, nothing is verified yet.
+func (in *installer) install(ctx context.Context, j *job) (written, error) {
+	if err := in.clean(ctx, j); err != nil {
+		return written{}, err
+	}
+	p := &pipe{
+		in: in, ctx: ctx, job: j,
+		layout: newLayout(j.f, j.want.Size, in.blockSize(j.f), j.want.Chunks),
+		sum:    sha256.New(), from: Direct(j.f),
+	}
+	p.rewrite = j.suspect && p.e != nil
+	if err := p.plan(); err != nil {
+		return written{}, err
+	}
+	return p.run()
 }
 
-// write appends b, whose capacity has room for the padding of the last unit.
-func (w *partWriter) write(b []byte) error {
-	n := int64(len(b))
-	w.sum.Write(b)
-	_, erased := w.f.(Eraser)
-	fill := byte(0)
-	if erased {
-		fill = ErasedByte(w.f)
-	}
-	for int64(len(b))%w.unit != 0 {
-		b = append(b, fill)
-	}
-	// What is erased already costs nothing.
-	if !erased || !all(b, fill) {
-		if err := writeFull(w.f, b, w.off); err != nil {
-			return &Error{Op: "write", Slot: NoSlot, Off: w.off, Err: err}
-		}
-	}
-	w.off += n
-	w.progress(PhaseWriting, w.off, w.total)
-	return nil
-}
-
-// all reports whether every byte of b is v.
-func all(b []byte, v byte) bool {
-	return len(b) == 0 || b[0] == v && bytes.Equal(b[1:], b[:len(b)-1])
-}
-
-// erase prepares f for size bytes: the units that get data are erased, the
-// others only if they are not blank. It does nothing on media that need none.
-func (in *installer) erase(ctx context.Context, f Flash, size int64) error {
+// clean erases the units behind the part that are not blank. The others are erased
+// when it is known that they differ.
+func (in *installer) clean(ctx context.Context, j *job) error {
+	f, size := j.f, j.want.Size
 	e, ok := f.(Eraser)
 	if !ok {
 		return nil
 	}
-	total := f.Size()
-	for off := int64(0); off < total; {
+	for off := int64(0); off < f.Size(); {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -179,37 +171,33 @@ func (in *installer) erase(ctx context.Context, f Flash, size int64) error {
 			return &Error{Op: "erase", Slot: NoSlot, Off: off, Err: fmt.Errorf("erase unit of %d bytes at %d: %w", n, start, ErrInvalid)}
 		}
 		if off >= size {
-			// Beyond the data only what is there counts, not how it got there.
+			// Here only what is there counts, not how it got there.
 			blank, err := in.blank(f, off, n)
 			if err != nil {
 				return err
 			}
-			if blank {
-				off += n
-				in.progress(PhaseErasing, off, total)
-				continue
+			if !blank || j.suspect {
+				if err := e.Erase(off, n); err != nil {
+					in.failed = true
+					return &Error{Op: "erase", Slot: NoSlot, Off: off, Err: err}
+				}
 			}
-		}
-		// Neighbouring units that get data are erased in one call.
-		for off+n < size && n < eraseStep {
-			_, more := EraseUnit(f, off+n)
-			if more <= 0 || n+more > eraseStep {
-				break
-			}
-			n += more
-		}
-		if err := e.Erase(off, n); err != nil {
-			return &Error{Op: "erase", Slot: NoSlot, Off: off, Err: err}
+			in.progress(PhaseErasing, off+n, f.Size())
 		}
 		off += n
-		in.progress(PhaseErasing, off, total)
 	}
 	return nil
+}
+
+// all reports whether every byte of b is v.
+func all(b []byte, v byte) bool {
+	return len(b) == 0 || b[0] == v && bytes.Equal(b[1:], b[:len(b)-1])
 }
 
 // blank reports whether the n bytes of f at off read as erased.
 func (in *installer) blank(f Flash, off, n int64) (bool, error) {
 	fill := ErasedByte(f)
+	grow(&in.bufs[0], in.blockSize(f))
 	for n > 0 {
 		b := in.bufs[0][:min(n, int64(len(in.bufs[0])))]
 		if err := readFull(f, b, off); err != nil {
@@ -224,42 +212,88 @@ func (in *installer) blank(f Flash, off, n int64) (bool, error) {
 	return true, nil
 }
 
+// scan reads the first size bytes of r, one buffer ahead, and hands them to fn in
+// order until it returns false.
+func (in *installer) scan(ctx context.Context, r io.ReaderAt, size, step int64, fn func(b []byte) bool) error {
+	step = min(step, size)
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	free, full := make(chan []byte, 2), make(chan []byte, 2)
+	for i := range in.bufs {
+		grow(&in.bufs[i], step)
+		free <- in.bufs[i][:step]
+	}
+	var rerr error
+	var reader sync.WaitGroup
+	reader.Go(func() {
+		defer close(full)
+		for off := int64(0); off < size; off += step {
+			b := <-free
+			if rerr = ctx.Err(); rerr != nil {
+				return
+			}
+			b = b[:min(step, size-off)]
+			if err := readFull(r, b, off); err != nil {
+				rerr = &Error{Op: "read", Slot: NoSlot, Off: off, Err: err}
+				return
+			}
+			full <- b
+		}
+	})
+	more := true
+	for b := range full {
+		if more = more && fn(b); !more {
+			stop()
+		}
+		free <- b[:step]
+	}
+	reader.Wait()
+	if !more {
+		return nil
+	}
+	return rerr
+}
+
 // digest hashes the first size bytes of f.
 func (in *installer) digest(ctx context.Context, f Flash, size int64) (sum [32]byte, err error) {
 	if size < 0 || size > f.Size() {
 		return sum, fmt.Errorf("%d bytes of %d: %w", size, f.Size(), ErrTooLarge)
 	}
-	h := sha256.New()
-	for off := int64(0); off < size; {
-		if err := ctx.Err(); err != nil {
-			return sum, err
-		}
-		b := in.bufs[0][:min(size-off, int64(len(in.bufs[0])))]
-		if err := readFull(f, b, off); err != nil {
-			return sum, &Error{Op: "read", Slot: NoSlot, Off: off, Err: err}
-		}
-		h.Write(b)
-		off += int64(len(b))
-		in.progress(PhaseVerifying, off, size)
+	var r io.ReaderAt = f
+	if d := Direct(f); d != nil {
+		r = d
 	}
+	h, done := sha256.New(), int64(0)
+	err = in.scan(ctx, r, size, in.blockSize(f), func(b []byte) bool {
+		h.Write(b)
+		done += int64(len(b))
+		in.progress(PhaseVerifying, done, size)
+		return true
+	})
 	h.Sum(sum[:0])
-	return sum, nil
+	return sum, err
 }
 
-// verify reads f back: it must hold what st says and, where the medium is
-// erased before it is written, nothing behind that.
-func (in *installer) verify(ctx context.Context, f Flash, st PartState) error {
-	sum, err := in.digest(ctx, f, st.Size)
-	if err != nil {
-		return err
+// verify reads f back: it must hold what w says and, where the medium is erased
+// before it is written, nothing behind that.
+func (in *installer) verify(ctx context.Context, f Flash, w written) error {
+	var sum [32]byte
+	if w.direct != nil {
+		sum = *w.direct
+		in.progress(PhaseVerifying, w.Size, w.Size)
+	} else {
+		var err error
+		if sum, err = in.digest(ctx, f, w.Size); err != nil {
+			return err
+		}
 	}
-	if sum != st.SHA256 {
+	if sum != w.SHA256 {
 		return ErrVerify
 	}
 	if _, ok := f.(Eraser); !ok {
 		return nil
 	}
-	blank, err := in.blank(f, st.Size, f.Size()-st.Size)
+	blank, err := in.blank(f, w.Size, f.Size()-w.Size)
 	if err == nil && !blank {
 		err = fmt.Errorf("bytes behind the data: %w", ErrVerify)
 	}

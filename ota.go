@@ -33,9 +33,15 @@ type Device struct {
 	changed  chan struct{} // closed when state changes
 	event    Event
 	emitted  time.Time
-	done     int64 // bytes of the image consumed
+	done     int64 // bytes of the image dealt with
 	total    int64 // bytes of the image, 0 if not known
-	err      error // failure of the last operation
+	speed    speed
+	counts   *counters // of the newest update or snapshot
+	err      error     // failure of the last operation
+
+	// sound marks slots that no power cut has touched since their content was
+	// known. It belongs to the owner of the device.
+	sound [MaxSlots]bool
 }
 
 // Options configure a [Device]. The zero value is safe.
@@ -81,8 +87,12 @@ type Options struct {
 	OnEvent func(Event)
 	// Logger gets a few lines for each operation; nil means silence.
 	Logger *slog.Logger
-	// BufferSize is the size of one of the two buffers of an install or copy;
-	// 0 means 256 KiB.
+	// BufferSize is the size of the blocks in which an install or copy reads,
+	// checks, writes and reads back; 0 leaves it to the medium and is 512 KiB at
+	// most. There are nine blocks in memory at a time, and a few more for images
+	// with chunks that are larger than a block. A block holds one erase unit at
+	// least. So an update takes 2.3 MiB by default, 4.5 MiB on disks, 300 KiB with
+	// a BufferSize of 32 KiB.
 	BufferSize int
 }
 
@@ -118,8 +128,23 @@ type UpdateResult struct {
 	Trial TrialID
 	// Same says that nothing was done because the image is what already runs.
 	Same bool
-	// Written and Skipped count installed bytes: written, and found in place.
-	Written, Skipped int64
+	Counts
+}
+
+// Counts says where the bytes of an image came from, and what became of them. In
+// the end Written and Skipped add up to the size of the slot's parts in the image.
+type Counts struct {
+	// Downloaded is what was transferred over a network for the image, with all
+	// that is not installed; 0 if the image does not count it, see [Downloader].
+	Downloaded int64
+	// Read counts the bytes of parts that were taken from the image.
+	Read int64
+	// Copied counts the bytes that another slot held and that were not read.
+	Copied int64
+	// Skipped counts the bytes that were in place: neither erased nor written.
+	Skipped int64
+	// Written counts the bytes that were written, or erased to be blank.
+	Written int64
 }
 
 // SnapshotOptions configure [Device.CreateSnapshot].
@@ -146,8 +171,8 @@ type Phase uint8
 const (
 	PhaseIdle      Phase = iota
 	PhaseChecking        // the image or a slot is examined
-	PhaseErasing         // the target slot is erased
-	PhaseWriting         // data is written
+	PhaseErasing         // what lies behind the data is erased
+	PhaseWriting         // data is read, and written where it differs
 	PhaseVerifying       // what was written is read back
 	PhaseStoring         // the boot state is stored
 	PhaseDone            // the operation succeeded
@@ -169,6 +194,8 @@ type Event struct {
 	Done, Total int64
 	// Skipped says that the part was found in place and is not written.
 	Skipped bool
+	// Counts is about the whole update or snapshot so far.
+	Counts Counts
 	// Err is the failure, in an event of PhaseFailed.
 	Err error
 }
@@ -183,8 +210,15 @@ type Status struct {
 	Event Event
 	// Busy names the operation in progress, "" if there is none.
 	Busy string
-	// Progress is how much of the image of an update was consumed, 0 to 1.
+	// Progress is how much of the image of an update was dealt with, 0 to 1.
 	Progress float64
+	// Rate is how many bytes of the image were dealt with per second, of late.
+	Rate float64
+	// ETA is how long the rest of the image will take at that rate, 0 if that is
+	// not known or there is no update in progress.
+	ETA time.Duration
+	// Counts is about the newest update or snapshot since the start.
+	Counts Counts
 	// Err is the failure of the last operation since the start, or nil.
 	Err error
 	// RebootPending says that the running slot is not the active one, or that
@@ -210,7 +244,7 @@ func Open(ctx context.Context, b Bootloader, slots []Slot, o *Options) (*Device,
 	if err := checkSlots(slots); err != nil {
 		return nil, opErr(op, NoSlot, err)
 	}
-	d := &Device{b: b, slots: slots, o: *o, opened: time.Now(), changed: make(chan struct{})}
+	d := &Device{b: b, slots: slots, o: *o, opened: time.Now(), changed: make(chan struct{}), counts: &counters{}}
 	if d.o.Tries < 0 || d.o.Tries > maxTries || d.o.BufferSize < 0 {
 		return nil, opErr(op, NoSlot, fmt.Errorf("options: Tries or BufferSize out of range: %w", ErrInvalid))
 	}
@@ -428,8 +462,9 @@ func (d *Device) Update(ctx context.Context, img Image, o *UpdateOptions) (Updat
 	err = d.update(ctx, img, timeout, o.IgnoreSameVersion, &res)
 	err = opErr(op, res.Slot, err)
 	d.finish(op, res.Slot, err)
+	res.Counts = d.counted()
 	if err != nil {
-		return UpdateResult{Slot: NoSlot, Written: res.Written, Skipped: res.Skipped}, err
+		return UpdateResult{Slot: NoSlot, Counts: res.Counts}, err
 	}
 	return res, nil
 }
@@ -438,6 +473,7 @@ func (d *Device) update(ctx context.Context, img Image, timeout time.Duration, i
 	s := d.current()
 	info := img.Info()
 	d.start()
+	d.track(img)
 	if err := d.idle(s); err != nil {
 		return err
 	}
@@ -460,7 +496,7 @@ func (d *Device) update(ctx context.Context, img Image, timeout time.Duration, i
 	}
 	w.id = target
 	st := SlotState{Security: info.Security, Version: cut(info.Version, MaxVersion), BuildID: cut(info.BuildID, MaxVersion)}
-	if st.Parts, err = w.fill(ctx, img, &info, &next, res); err != nil {
+	if st.Parts, err = w.fill(ctx, img, &info, &next); err != nil {
 		return err
 	}
 	next.setSlot(target, st)
@@ -507,6 +543,9 @@ func (d *Device) admit(s BootState, info *ImageInfo) error {
 		}
 		if p.SHA256 == nil && !info.Unsigned {
 			return inPart(p.Name, fmt.Errorf("signed, but without a digest: %w", ErrUnverified))
+		}
+		if p.Chunks != nil && (p.SHA256 == nil || !p.Chunks.valid(p.Size)) {
+			return inPart(p.Name, fmt.Errorf("%d chunks of %d bytes for %d bytes: %w", len(p.Chunks.SHA256), p.Chunks.Size, p.Size, ErrInvalid))
 		}
 	}
 	return nil
@@ -588,7 +627,10 @@ type slotWriter struct {
 
 func (d *Device) writer() *slotWriter {
 	w := &slotWriter{d: d, id: d.running}
-	w.in = newInstaller(d.o.BufferSize, func(phase Phase, done, total int64) {
+	d.mu.Lock()
+	counts := d.counts
+	d.mu.Unlock()
+	w.in = newInstaller(d.o.BufferSize, counts, func(phase Phase, done, total int64) {
 		if phase == PhaseWriting {
 			d.consumed(w.base + done)
 		}
@@ -620,9 +662,9 @@ func (w *slotWriter) measure(ctx context.Context, next *BootState) error {
 
 // fill makes slot w.id hold the parts of img, verified by reading them back.
 // Before anything is erased, next and the stored boot state forget the slot.
-func (w *slotWriter) fill(ctx context.Context, img Image, info *ImageInfo, next *BootState, res *UpdateResult) ([]PartState, error) {
+func (w *slotWriter) fill(ctx context.Context, img Image, info *ImageInfo, next *BootState) ([]PartState, error) {
 	slot := &w.d.slots[w.id]
-	states := make([]PartState, len(slot.Parts))
+	states := make([]written, len(slot.Parts))
 	state := make([]partFill, len(slot.Parts))
 	var total int64
 	for _, p := range slot.Parts {
@@ -630,19 +672,20 @@ func (w *slotWriter) fill(ctx context.Context, img Image, info *ImageInfo, next 
 	}
 	w.d.expect(total)
 	old := next.Slot(w.id)
-	erase := false
+	known := next.Clone()
+	change := false
 	for i, p := range slot.Parts {
 		want := info.part(p.Name)
 		if ok, err := w.holds(ctx, &old, i, p, want); err != nil {
 			return nil, err
 		} else if ok {
-			state[i], states[i] = partKept, old.Parts[i]
-			res.Skipped += want.Size
+			state[i], states[i].PartState = partKept, old.Parts[i]
+			w.in.counts.skipped.Add(want.Size)
 		} else {
-			erase = true
+			change = true
 		}
 	}
-	if erase {
+	if change {
 		if err := w.forget(ctx, next); err != nil {
 			return nil, err
 		}
@@ -660,14 +703,25 @@ func (w *slotWriter) fill(ctx context.Context, img Image, info *ImageInfo, next 
 		}
 		i := slot.index(ip.Name)
 		if i < 0 || state[i] == partKept {
-			continue // not for this device, or found in place
+			// Not for this device, or found in place.
+			if sel, ok := ip.Data.(Selector); ok {
+				if err := sel.Select(nil); err != nil {
+					return nil, inPart(ip.Name, err)
+				}
+			}
+			continue
 		}
 		want := info.part(ip.Name)
 		if state[i] != partMissing || ip.Size != want.Size {
 			return nil, inPart(ip.Name, fmt.Errorf("comes twice, or differs from its description: %w", ErrInvalid))
 		}
 		w.part = ip.Name
-		if states[i], err = w.in.install(ctx, slot.Parts[i].Flash, ip.Data, want.Size, stop); err != nil {
+		states[i], err = w.in.install(ctx, &job{
+			f: slot.Parts[i].Flash, want: want, data: ip.Data, stop: stop,
+			suspect: !w.d.sound[w.id], others: w.others(&known, ip.Name),
+		})
+		if err != nil {
+			w.d.sound[w.id] = w.d.sound[w.id] && !w.in.failed
 			return nil, inPart(ip.Name, err)
 		}
 		if want.SHA256 != nil && *want.SHA256 != states[i].SHA256 {
@@ -675,8 +729,8 @@ func (w *slotWriter) fill(ctx context.Context, img Image, info *ImageInfo, next 
 		}
 		state[i] = partWritten
 		w.base += want.Size
-		res.Written += want.Size
 	}
+	parts := make([]PartState, len(states))
 	for i, p := range slot.Parts {
 		w.part = p.Name
 		switch state[i] {
@@ -687,8 +741,33 @@ func (w *slotWriter) fill(ctx context.Context, img Image, info *ImageInfo, next 
 				return nil, inPart(p.Name, err)
 			}
 		}
+		parts[i] = states[i].PartState
 	}
-	return states, nil
+	w.d.sound[w.id] = true
+	return parts, nil
+}
+
+// others returns what parts of this name other slots hold, first the running one.
+// What the firmware writes to may change while it is read.
+func (w *slotWriter) others(s *BootState, name string) []source {
+	var all []source
+	for i := range w.d.slots {
+		slot := &w.d.slots[i]
+		k := slot.index(name)
+		if SlotID(i) == w.id || k < 0 || slot.Parts[k].Mutable {
+			continue
+		}
+		from := source{f: slot.Parts[k].Flash, size: slot.Parts[k].Flash.Size()}
+		if st := s.Slot(SlotID(i)); k < len(st.Parts) {
+			from.size = min(from.size, st.Parts[k].Size)
+		}
+		if SlotID(i) == w.d.running {
+			all = append([]source{from}, all...)
+		} else {
+			all = append(all, from)
+		}
+	}
+	return all
 }
 
 // partFill is how far a part of the target slot is.
@@ -707,7 +786,7 @@ func (w *slotWriter) holds(ctx context.Context, st *SlotState, i int, p Part, wa
 		return false, nil
 	}
 	w.part = p.Name
-	if err := w.in.verify(ctx, p.Flash, st.Parts[i]); err != nil {
+	if err := w.in.verify(ctx, p.Flash, written{PartState: st.Parts[i]}); err != nil {
 		return false, ctx.Err() // whatever is wrong with it, it is written anew
 	}
 	w.base += want.Size
@@ -718,6 +797,9 @@ func (w *slotWriter) holds(ctx context.Context, st *SlotState, i int, p Part, wa
 
 // forget makes next and the stored boot state forget what the slot holds.
 func (w *slotWriter) forget(ctx context.Context, next *BootState) error {
+	if len(next.Slot(w.id).Parts) > 0 {
+		w.d.sound[w.id] = true // nobody has written to it since it was verified
+	}
 	// If nothing is stored any slot may be started.
 	known := len(next.Slot(w.id).Parts) > 0 || next.Revert == w.id || w.d.fresh()
 	next.setSlot(w.id, SlotState{})
@@ -755,7 +837,12 @@ func (d *Device) Status() Status {
 	if d.total > 0 {
 		s.Progress = min(float64(d.done)/float64(d.total), 1)
 	}
+	if d.busyLong && d.busy != "" {
+		s.Rate = d.speed.rate
+		s.ETA = d.speed.left(d.total - d.done)
+	}
 	d.mu.Unlock()
+	s.Counts = d.counted()
 	s.Trial = d.onTrial(s.State)
 	s.RebootPending = s.State.Active != d.running || !s.State.Committed && !s.State.Booted
 	if s.Trial && s.State.CommitTimeout > 0 {
@@ -781,6 +868,7 @@ func (d *Device) start() {
 // was reported a moment ago.
 func (d *Device) emit(e Event) {
 	now := time.Now()
+	e.Counts = d.counted()
 	d.mu.Lock()
 	e.Op = d.busy
 	last := d.event
@@ -805,15 +893,76 @@ func (d *Device) expect(n int64) {
 
 // consumed notes how many of them have been dealt with.
 func (d *Device) consumed(n int64) {
+	now := time.Now()
 	d.mu.Lock()
 	d.done = n
+	d.speed.note(n, now)
 	d.mu.Unlock()
+}
+
+// track begins to count for an update from img, or for a snapshot.
+func (d *Device) track(img Image) {
+	c := &counters{}
+	if l, ok := img.(Downloader); ok {
+		c.fetched = l.Downloaded
+	}
+	d.mu.Lock()
+	d.counts, d.speed = c, speed{}
+	d.mu.Unlock()
+}
+
+// counted returns the counts of the newest update or snapshot.
+func (d *Device) counted() Counts {
+	d.mu.Lock()
+	c := d.counts
+	d.mu.Unlock()
+	return c.sum()
+}
+
+// speed is how fast an image is dealt with, by the monotonic clock.
+type speed struct {
+	at   time.Time // of the newest sample
+	done int64
+	rate float64 // bytes per second, 0 if not known
+}
+
+// Samples are taken this often, and weigh less after this time.
+const (
+	speedStep = time.Second / 2
+	speedSpan = 5 * time.Second
+)
+
+// note takes note that n bytes are done now.
+func (s *speed) note(n int64, now time.Time) {
+	if s.at.IsZero() {
+		s.at, s.done = now, n
+		return
+	}
+	took := now.Sub(s.at)
+	if took < speedStep {
+		return
+	}
+	rate := float64(n-s.done) / took.Seconds()
+	if s.rate > 0 {
+		rate = s.rate + (rate-s.rate)*min(1, float64(took)/float64(speedSpan))
+	}
+	s.at, s.done, s.rate = now, n, rate
+}
+
+// left returns how long n more bytes take, 0 if that is not known.
+func (s *speed) left(n int64) time.Duration {
+	if s.rate <= 0 || n <= 0 {
+		return 0
+	}
+	return time.Duration(min(float64(n)/s.rate, 1e6) * float64(time.Second))
 }
 
 // finish reports the end of an operation.
 func (d *Device) finish(op string, slot SlotID, err error) {
+	final := &counters{last: d.counted()}
 	d.mu.Lock()
 	d.err = err
+	d.counts = final // the image is the caller's again
 	d.mu.Unlock()
 	e := Event{Phase: PhaseDone, Slot: slot}
 	if err != nil {

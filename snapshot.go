@@ -29,6 +29,7 @@ func (d *Device) CreateSnapshot(ctx context.Context, o *SnapshotOptions) (SlotID
 	}
 	defer d.end()
 	d.start()
+	d.track(nil)
 	target, err := d.snapshot(ctx, o.SetAsRevert, timeout)
 	err = opErr(op, target, err)
 	d.finish(op, target, err)
@@ -59,7 +60,7 @@ func (d *Device) snapshot(ctx context.Context, setAsRevert bool, timeout time.Du
 		return target, ErrIncomplete // a part would be missing from the copy
 	}
 	w.id = target
-	if st.Parts, err = w.fill(ctx, img, &info, &next, &UpdateResult{}); err != nil {
+	if st.Parts, err = w.fill(ctx, img, &info, &next); err != nil {
 		return target, err
 	}
 	// The slots have the same parts, if not in the same order.

@@ -1,11 +1,14 @@
 package ota_test
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -32,6 +35,8 @@ type world struct {
 	dev *ota.Device
 	o   ota.Options
 
+	again  bool   // what was interrupted is tried again in the end
+	chunks bool   // images come in chunks that can be selected
 	trials uint64 // started so far
 
 	promised int // image that a committed boot must start
@@ -198,7 +203,11 @@ func (w *world) startTrial(v int) { w.trial, w.boots, w.dead = v, 0, false }
 func (w *world) update(v int, timeout time.Duration) error {
 	w.startTrial(v)
 	before, berr := w.dev.BootState(context.Background())
-	res, err := w.dev.Update(context.Background(), &sim.Image{V: v}, &ota.UpdateOptions{CommitTimeout: timeout})
+	var img ota.Image = &sim.Image{V: v}
+	if w.chunks {
+		img = inChunks(v)
+	}
+	res, err := w.dev.Update(context.Background(), img, &ota.UpdateOptions{CommitTimeout: timeout})
 	if err == nil {
 		if w.d.Identify(res.Slot) != v {
 			return violation("I13: after the update slot %d is not complete", res.Slot)
@@ -210,6 +219,37 @@ func (w *world) update(v int, timeout time.Duration) error {
 		return violation("I12: the update failed (%w) and changed %+v to %+v", err, before, after)
 	}
 	return err
+}
+
+// inChunks returns image v in chunks that can be selected.
+func inChunks(v int) ota.Image {
+	const size = 300
+	return &sim.Image{V: v, Mutate: func(info *ota.ImageInfo) {
+		for i := range info.Parts {
+			p := &info.Parts[i]
+			p.Chunks = &ota.Chunks{Size: size}
+			for b := range slices.Chunk(sim.Content(v, p.Name), size) {
+				p.Chunks.SHA256 = append(p.Chunks.SHA256, sha256.Sum256(b))
+			}
+		}
+	}, Wrap: func(part string, _ io.Reader) io.Reader {
+		return &selection{content: sim.Content(v, part)}
+	}}
+}
+
+// selection is data that can be selected from.
+type selection struct {
+	content []byte
+	io.Reader
+}
+
+func (s *selection) Select(wanted []ota.Range) error {
+	var rs []io.Reader
+	for _, r := range wanted {
+		rs = append(rs, bytes.NewReader(s.content[r.Off:r.Off+r.Len]))
+	}
+	s.Reader = io.MultiReader(rs...)
+	return nil
 }
 
 func (w *world) commit() error {
@@ -280,7 +320,11 @@ func (w *world) settle(update bool) error {
 	if !update {
 		return w.misuse()
 	}
-	if err := w.update(7, 0); err != nil {
+	v := 7
+	if w.again && w.promised != 3 {
+		v = 3
+	}
+	if err := w.update(v, 0); err != nil {
 		return fmt.Errorf("I16: no update afterwards: %w", err)
 	}
 	if err := w.boot(); err != nil {
@@ -292,7 +336,7 @@ func (w *world) settle(update bool) error {
 	if err := w.boot(); err != nil {
 		return err
 	}
-	if w.promised != 7 || w.floor != sim.Security(7) {
+	if w.promised != v || w.floor != sim.Security(v) {
 		return violation("I4: image %d is committed, floor %d", w.promised, w.floor)
 	}
 	return w.misuse()
@@ -315,6 +359,8 @@ type scenario struct {
 
 	update bool // every run ends with an update
 	record bool // none does
+	again  bool // which is the one that was interrupted
+	chunks bool // images come in chunks that can be selected
 }
 
 // steps runs functions one after the other until one fails.
@@ -371,6 +417,8 @@ func scenarios() []scenario {
 		}},
 		{name: "update again", prep: besideV3, run: func(w *world) error { return steps(update(w), w.boot, w.commit) }},
 		{name: "resume", prep: halfV3, run: func(w *world) error { return steps(update(w), w.boot, w.commit) }},
+		{name: "resume twice", prep: halfV3, again: true, update: true, run: func(w *world) error { return w.update(3, 0) }},
+		{name: "resume chunks", prep: halfV3, chunks: true, again: true, update: true, run: func(w *world) error { return w.update(3, 0) }},
 		{name: "snapshot", prep: runsV2, run: func(w *world) error { return w.snapshot(false) }},
 		{name: "set_as_revert", prep: runsV2, run: func(w *world) error {
 			return steps(func() error { return w.snapshot(true) }, w.boot, w.commit)
@@ -401,7 +449,7 @@ func crashScenario(g sim.Geometry, sc scenario) crashtest.Scenario {
 		if err != nil {
 			return nil, err
 		}
-		w.o = sc.o
+		w.o, w.again, w.chunks = sc.o, sc.again, sc.chunks
 		if sc.prep != nil {
 			err = sc.prep(w)
 		}

@@ -9,9 +9,13 @@
 // running slot is normally mounted; [Options.ReadOnlyIfMounted] lets the same
 // program open all slots alike.
 //
-// Reads come through the page cache of the operating system. Reading back what
-// was just written proves that it was handed to the system, and, after Sync,
-// that the medium has acknowledged it, not that the medium can still read it.
+// On Linux, whole aligned blocks are written past the page cache (O_DIRECT) if the
+// file system allows it, and read back past it: [File.DirectReader] asks the medium.
+// Where it does not, Sync makes the system forget what it has cached of the file
+// (posix_fadvise), so that the next read asks the medium, as far as the system
+// heeds that. Elsewhere reading back what was just written proves that it was handed
+// to the system, and, after Sync, that the medium has acknowledged it, not that the
+// medium can still read it.
 //
 // Block devices need Linux; regular files work everywhere Go does.
 package fileflash
@@ -25,6 +29,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync/atomic"
+	"unsafe"
 
 	"github.com/slotota/ota"
 )
@@ -58,6 +63,8 @@ type Options struct {
 // concurrent use.
 type File struct {
 	f        *os.File
+	direct   *os.File // the same file past the page cache, or nil
+	block    bool
 	name     string
 	size     int64
 	readOnly bool
@@ -126,7 +133,15 @@ func open(path string, o *Options) (*File, error) {
 		f.Close()
 		return nil, err
 	}
-	return &File{f: f, name: path, size: size, readOnly: readOnly, sync: f.Sync}, nil
+	file := &File{f: f, direct: openDirect(f, readOnly), block: block, name: path, size: size, readOnly: readOnly}
+	file.sync = func() error {
+		err := f.Sync()
+		if err == nil && file.direct == nil {
+			dropCache(f)
+		}
+		return err
+	}
+	return file, nil
 }
 
 func isBlock(info fs.FileInfo) (bool, error) {
@@ -229,9 +244,20 @@ func (f *File) Size() int64 { return f.size }
 // ReadOnly reports whether writes are refused.
 func (f *File) ReadOnly() bool { return f.readOnly }
 
+// IOSize implements [ota.IOSizer].
+func (f *File) IOSize() int64 { return ioSize }
+
+// ioSize is what reads and writes past the page cache are fast with.
+const ioSize = 512 << 10
+
+// pageSize is what they must be aligned to, more than any file system asks for.
+const pageSize = 4096
+
 // ReadAt implements io.ReaderAt. If the file has become shorter since it was
 // opened, the error wraps io.ErrUnexpectedEOF.
-func (f *File) ReadAt(p []byte, off int64) (int, error) {
+func (f *File) ReadAt(p []byte, off int64) (int, error) { return f.readAt(f.f, p, off) }
+
+func (f *File) readAt(from io.ReaderAt, p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, f.errorf("read at %d: %w", off, ota.ErrInvalid)
 	}
@@ -242,7 +268,7 @@ func (f *File) ReadAt(p []byte, off int64) (int, error) {
 	if len(p) == 0 {
 		return 0, eof
 	}
-	n, err := f.f.ReadAt(p, off)
+	n, err := from.ReadAt(p, off)
 	if n == len(p) {
 		return n, eof
 	}
@@ -250,6 +276,59 @@ func (f *File) ReadAt(p []byte, off int64) (int, error) {
 		err = io.ErrUnexpectedEOF
 	}
 	return n, f.errorf("read of %d bytes at %d: %w", len(p), off, err)
+}
+
+// DirectReader implements [ota.DirectReader]. It returns nil where the page cache
+// cannot be gone round.
+func (f *File) DirectReader() io.ReaderAt {
+	if f.direct == nil {
+		return nil
+	}
+	return directReader{f}
+}
+
+type directReader struct{ f *File }
+
+func (d directReader) ReadAt(p []byte, off int64) (int, error) {
+	return d.f.readAt(unaligned{d.f.direct}, p, off)
+}
+
+// unaligned reads what is not aligned through memory that is.
+type unaligned struct{ f *os.File }
+
+func (u unaligned) ReadAt(p []byte, off int64) (n int, err error) {
+	for n < len(p) && err == nil {
+		at := off + int64(n)
+		rest := p[n:]
+		var k int
+		if at%pageSize == 0 && len(rest) >= pageSize && isAligned(rest) {
+			k, err = u.f.ReadAt(rest[:len(rest)&^(pageSize-1)], at)
+		} else {
+			// One page, or up to the first one of rest.
+			page := aligned(min(len(rest)+2*pageSize, 16*pageSize) &^ (pageSize - 1))
+			skip := int(at % pageSize)
+			if k, err = u.f.ReadAt(page, at-int64(skip)); k > skip {
+				k = copy(rest, page[skip:k])
+				err = nil // that of a read beyond the end
+			} else {
+				k = 0
+			}
+		}
+		n += k
+	}
+	return n, err
+}
+
+// isAligned reports whether p begins on a page.
+func isAligned(p []byte) bool {
+	return uintptr(unsafe.Pointer(unsafe.SliceData(p)))%pageSize == 0
+}
+
+// aligned returns n bytes that begin on a page.
+func aligned(n int) []byte {
+	b := make([]byte, n+pageSize)
+	skip := int(-uintptr(unsafe.Pointer(unsafe.SliceData(b))) % pageSize)
+	return b[skip : skip+n]
 }
 
 // WriteAt implements io.WriterAt. It never makes the file longer: what does not
@@ -267,11 +346,53 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 	if err := f.failed.Load(); err != nil {
 		return 0, f.errorf("write at %d: an earlier sync failed: %w", off, *err)
 	}
-	n, err := f.f.WriteAt(p, off)
+	n, err := f.writeAt(p, off)
 	if err != nil {
 		err = f.errorf("write of %d bytes at %d: %w", len(p), off, err)
 	}
 	return n, err
+}
+
+// writeAt writes whole pages past the cache if it can, and the rest through it. The
+// system keeps the two in step.
+func (f *File) writeAt(p []byte, off int64) (n int, err error) {
+	if whole := len(p) &^ (pageSize - 1); whole > 0 && f.direct != nil && off%pageSize == 0 && isAligned(p) {
+		n, err = f.direct.WriteAt(p[:whole], off)
+		if err != nil && !errors.Is(err, errNotDirect) {
+			return n, err
+		}
+	}
+	if n == len(p) {
+		return n, nil
+	}
+	m, err := f.f.WriteAt(p[n:], off+int64(n))
+	return n + m, err
+}
+
+// Zero implements [ota.Zeroer], for whole sectors: by BLKZEROOUT in block devices,
+// by fallocate in files, which both write the zeros where the medium has no better
+// way.
+func (f *File) Zero(off, n int64) error {
+	switch {
+	case f.readOnly:
+		return f.errorf("zeroing at %d: %w", off, ota.ErrReadOnly)
+	case off < 0 || n < 0:
+		return f.errorf("zeroing at %d: %w", off, ota.ErrInvalid)
+	case off > f.size || n > f.size-off:
+		return f.errorf("zeroing %d bytes at %d: outside of %d bytes: %w", n, off, f.size, ota.ErrTooLarge)
+	case (off|n)%sectorSize != 0:
+		return ota.ErrUnsupported
+	case n == 0:
+		return nil
+	}
+	if err := f.failed.Load(); err != nil {
+		return f.errorf("zeroing at %d: an earlier sync failed: %w", off, *err)
+	}
+	err := zero(f.f, f.block, off, n)
+	if err != nil && !errors.Is(err, ota.ErrUnsupported) {
+		return f.errorf("zeroing %d bytes at %d: %w", n, off, err)
+	}
+	return err
 }
 
 // Sync makes everything written durable (fsync). Once it has failed, it and
@@ -296,7 +417,12 @@ func (f *File) Sync() error {
 }
 
 // Close closes the file and gives up lock and claim. It does not sync.
-func (f *File) Close() error { return f.f.Close() }
+func (f *File) Close() error {
+	if f.direct != nil {
+		f.direct.Close() // which has nothing to lose
+	}
+	return f.f.Close()
+}
 
 func (f *File) errorf(format string, args ...any) error {
 	return fmt.Errorf("fileflash: "+strconv.Quote(f.name)+": "+format, args...)

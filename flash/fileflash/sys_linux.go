@@ -8,9 +8,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
+	"unsafe"
 
 	"github.com/slotota/ota"
 )
@@ -31,6 +33,89 @@ func allocate(f *os.File, size int64) error {
 		return nil
 	}
 	return err
+}
+
+// errNotDirect is what a write past the page cache fails with if the file system
+// cannot do just this one.
+const errNotDirect = syscall.EINVAL
+
+// openDirect opens f once more, past the page cache. It returns nil if that cannot
+// be done, or not be read from.
+func openDirect(f *os.File, readOnly bool) *os.File {
+	flag := os.O_RDWR
+	if readOnly {
+		flag = os.O_RDONLY
+	}
+	// By its number, because another file may have its name by now.
+	d, err := os.OpenFile("/proc/self/fd/"+strconv.Itoa(int(f.Fd())), flag|syscall.O_DIRECT, 0)
+	if err != nil {
+		return nil
+	}
+	if n, err := d.ReadAt(aligned(pageSize), 0); n == 0 && err != nil {
+		d.Close()
+		return nil
+	}
+	return d
+}
+
+// control calls fn with the number of f.
+func control(f *os.File, fn func(fd uintptr) error) error {
+	c, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	errno := error(syscall.EINTR)
+	for errors.Is(errno, syscall.EINTR) {
+		if err := c.Control(func(fd uintptr) { errno = fn(fd) }); err != nil {
+			return err
+		}
+	}
+	return errno
+}
+
+// zero makes bytes of f zero.
+func zero(f *os.File, block bool, off, n int64) error {
+	err := control(f, func(fd uintptr) error {
+		if !block {
+			// FALLOC_FL_ZERO_RANGE and FALLOC_FL_KEEP_SIZE: the space stays reserved.
+			return syscall.Fallocate(int(fd), 0x10|0x01, off, n)
+		}
+		// BLKZEROOUT: Linux, include/uapi/linux/fs.h, _IO(0x12, 127).
+		request := uintptr(0x127f)
+		if strings.HasPrefix(runtime.GOARCH, "mips") || strings.HasPrefix(runtime.GOARCH, "ppc") {
+			request |= 1 << 29 // _IOC_NONE is not 0 there
+		}
+		span := [2]uint64{uint64(off), uint64(n)}
+		if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, fd, request, uintptr(unsafe.Pointer(&span))); errno != 0 {
+			return errno
+		}
+		return nil
+	})
+	for _, e := range []error{syscall.EOPNOTSUPP, syscall.ENOSYS, syscall.ENOTTY, syscall.EINVAL} {
+		if errors.Is(err, e) {
+			return fmt.Errorf("%w: %w", ota.ErrUnsupported, err)
+		}
+	}
+	return err
+}
+
+// dropCache makes the kernel forget what it has cached of f and has written already:
+// posix_fadvise of all bytes with POSIX_FADV_DONTNEED, 4. Numbers and order of the
+// arguments are those of the architecture's system call table; 0, 0 means all.
+func dropCache(f *os.File) {
+	_ = control(f, func(fd uintptr) error {
+		switch runtime.GOARCH {
+		case "amd64":
+			syscall.Syscall6(221, fd, 0, 0, 4, 0, 0)
+		case "arm64", "riscv64", "loong64":
+			syscall.Syscall6(223, fd, 0, 0, 4, 0, 0)
+		case "386":
+			syscall.Syscall6(250, fd, 0, 0, 0, 4, 0)
+		case "arm":
+			syscall.Syscall6(270, fd, 4, 0, 0, 0, 0)
+		}
+		return nil
+	})
 }
 
 // devno is a device number in the form "major:minor" of sysfs and mountinfo.

@@ -3,9 +3,20 @@
 package fileflash
 
 import (
+	"errors"
 	"io/fs"
 	"os"
+
+	"github.com/slotota/ota"
 )
+
+var errNotDirect = errors.New("not past the page cache")
+
+func openDirect(*os.File, bool) *os.File { return nil }
+
+func dropCache(*os.File) {}
+
+func zero(*os.File, bool, int64, int64) error { return ota.ErrUnsupported }
 
 // Block devices are only guarded on Linux.
 const claim = 0
