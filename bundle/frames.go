@@ -203,7 +203,7 @@ func (f *frames) expect() {
 // start starts n goroutines.
 func (f *frames) start(n int) {
 	f.jobs, f.quit = make(chan *slot, n+1), make(chan struct{})
-	jobs, window := f.jobs, f.d.q.Storage.Window
+	jobs, quit, window := f.jobs, f.quit, f.d.q.Storage.Window
 	for range n {
 		f.wg.Go(func() {
 			for {
@@ -214,7 +214,7 @@ func (f *frames) start(n int) {
 					}
 					s.err = f.dec.decode(s, s.out[:s.size], window)
 					s.done <- struct{}{}
-				case <-f.quit:
+				case <-quit:
 					return
 				case <-f.ctx.Done():
 					return

@@ -12,6 +12,7 @@ import (
 	"hash"
 	"hash/crc32"
 	"io"
+	"sync"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/slotota/ota"
@@ -62,7 +63,7 @@ type Reader struct {
 	cur     *data           // of the part offered last
 	fills   []ota.ImagePart
 	ended   bool // the end of the archive was reached
-	scratch []byte
+	scratch [][]byte
 	err     error // what every further call returns
 }
 
@@ -203,10 +204,9 @@ func (r *Reader) index() error {
 	if _, err := r.lookUp(e); err != nil {
 		return err
 	}
-	d := newData(r, e, x)
-	d.sha256 = sha256.New()
+	d, h := newData(r, e, x), sha256.New()
 	r.cur = d // whose data may be read
-	br := bufio.NewReader(d)
+	br := bufio.NewReader(io.TeeReader(d, h))
 	r.sections, err = readIndex(br, r.m)
 	if err == nil {
 		if _, err = br.ReadByte(); err == io.EOF {
@@ -214,6 +214,9 @@ func (r *Reader) index() error {
 		}
 	}
 	r.cur = nil
+	if err == nil && [32]byte(h.Sum(nil)) != *x.SHA256 {
+		err = because(ErrDigest, "SHA-256 of the index")
+	}
 	if err != nil {
 		if r.err == nil {
 			_ = r.fail(e, err)
@@ -726,7 +729,6 @@ type data struct {
 	wanted     []ota.Range
 	crc        uint32    // of the content
 	sha1       hash.Hash // nil if the manifest has none
-	sha256     hash.Hash // nil unless drained from the beginning
 	err        error     // once nothing is left
 }
 
@@ -794,9 +796,6 @@ func (d *data) Read(p []byte) (int, error) {
 	if d.sha1 != nil {
 		d.sha1.Write(p[:n])
 	}
-	if d.sha256 != nil {
-		d.sha256.Write(p[:n])
-	}
 	if d.left > 0 {
 		if err != nil {
 			err = d.r.fail(d.e, d.in.explain(err))
@@ -834,31 +833,118 @@ func (d *data) finish() error {
 		what = "SHA-1"
 	case d.in.sum != nil && !bytes.Equal(d.in.sum.Sum(nil), st.SHA256[:]):
 		what = "SHA-256 of the stored bytes"
-	case d.sha256 != nil && !bytes.Equal(d.sha256.Sum(nil), d.q.SHA256[:]):
-		what = "SHA-256"
 	default:
 		return nil
 	}
 	return d.r.fail(d.e, because(ErrDigest, "%s of part %s", what, ota.Quote(d.q.Name)))
 }
 
-// drain reads the rest.
+// drain reads the rest, and checks all there is to check if it is everything.
 func (d *data) drain() error {
+	if d.left == 0 {
+		return nil
+	}
+	var c *checker
 	if d.body == nil && d.q.SHA256 != nil {
-		d.sha256 = sha256.New()
+		c = &checker{whole: sha256.New()}
 		if st := d.q.Storage; st != nil && st.Encoding == EncodingZstd {
 			d.in.sum = sha256.New()
 		}
-	}
-	if d.r.scratch == nil {
-		d.r.scratch = make([]byte, 32<<10)
-	}
-	for d.left > 0 {
-		if _, err := d.Read(d.r.scratch); err != nil {
-			return err
+		if d.sec != nil && d.sec.chunks != nil {
+			c.chunk, c.chunks = sha256.New(), d.sec.chunks
 		}
 	}
+	if err := d.pour(c); err != nil || c == nil {
+		return err
+	}
+	if [32]byte(c.whole.Sum(nil)) != *d.q.SHA256 {
+		return d.r.fail(d.e, because(ErrDigest, "SHA-256 of part %s", ota.Quote(d.q.Name)))
+	}
+	if c.n > 0 {
+		c.end()
+	}
+	if c.bad > 0 {
+		return d.r.fail(d.e, because(ErrDigest, "SHA-256 of chunk %d of part %s", c.bad-1, ota.Quote(d.q.Name)))
+	}
 	return nil
+}
+
+// pour reads the rest into c, if not nil: while it reads, if it may.
+func (d *data) pour(c *checker) error {
+	r := d.r
+	for len(r.scratch) < 3 {
+		r.scratch = append(r.scratch, make([]byte, 64<<10))
+		if r.workers == 1 {
+			break
+		}
+	}
+	if c == nil || r.workers == 1 {
+		for d.left > 0 {
+			n, err := d.Read(r.scratch[0])
+			if err != nil {
+				return err
+			}
+			c.write(r.scratch[0][:n])
+		}
+		return nil
+	}
+	free, full := make(chan []byte, len(r.scratch)), make(chan []byte, len(r.scratch))
+	for _, b := range r.scratch {
+		free <- b
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer close(full)
+	wg.Go(func() {
+		for b := range full {
+			c.write(b)
+			free <- b[:cap(b)]
+		}
+	})
+	for d.left > 0 {
+		b := <-free
+		n, err := d.Read(b)
+		if err != nil {
+			return err
+		}
+		full <- b[:n]
+	}
+	return nil
+}
+
+// checker compares the content of a part with its digests.
+type checker struct {
+	whole  hash.Hash
+	chunk  hash.Hash
+	chunks *ota.Chunks // nil if there are none
+	next   int         // chunk that is being read
+	n      int64       // bytes of it
+	bad    int         // the first that is wrong, plus 1
+}
+
+// write adds p.
+func (c *checker) write(p []byte) {
+	if c == nil {
+		return
+	}
+	c.whole.Write(p)
+	for c.chunks != nil && len(p) > 0 {
+		k := min(int64(len(p)), c.chunks.Size-c.n)
+		c.chunk.Write(p[:k])
+		p = p[k:]
+		if c.n += k; c.n == c.chunks.Size {
+			c.end()
+		}
+	}
+}
+
+// end ends a chunk.
+func (c *checker) end() {
+	if c.bad == 0 && [32]byte(c.chunk.Sum(nil)) != c.chunks.SHA256[c.next] {
+		c.bad = c.next + 1
+	}
+	c.chunk.Reset()
+	c.next, c.n = c.next+1, 0
 }
 
 // stop ends goroutines, if there are any.
@@ -871,7 +957,7 @@ func (d *data) stop() {
 // decoder returns the decoder of zstd, which it makes if there is none yet.
 func (r *Reader) decoder() (*decoder, error) {
 	if r.dec == nil {
-		z, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(max(r.workers, 1)), zstd.WithDecodeAllCapLimit(true),
+		z, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(max(r.workers, 1)), zstd.WithDecodeAllCapLimit(true), zstd.WithDecoderLowmem(true),
 			zstd.WithDecoderMaxWindow(uint64(max(r.maxFrame, 1<<10))), zstd.WithDecoderMaxMemory(uint64(r.maxFrame)))
 		if err != nil {
 			return nil, err
