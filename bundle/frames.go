@@ -21,6 +21,10 @@ type decoder struct {
 	slots []*slot
 }
 
+// slack is room behind what is decoded, with which the decoder may write more
+// than one byte at a time.
+const slack = 32
+
 // slot is a frame on its way.
 type slot struct {
 	in, out []byte
@@ -39,13 +43,13 @@ func (d *decoder) slot(k int, stored, installed int64) *slot {
 	if int64(cap(s.in)) < stored {
 		s.in = make([]byte, stored)
 	}
-	if int64(cap(s.out)) < installed {
-		s.out = make([]byte, installed)
+	if int64(len(s.out)) < installed+slack {
+		s.out = make([]byte, installed+slack)
 	}
 	return s
 }
 
-// decode fills out, which has a length of s.size, from s.in.
+// decode fills the first s.size bytes of out from s.in.
 func (d *decoder) decode(s *slot, out []byte, window int64) error {
 	if sha256.Sum256(s.in) != s.info.sha256 {
 		return because(ErrDigest, "SHA-256 of a frame")
@@ -53,7 +57,7 @@ func (d *decoder) decode(s *slot, out []byte, window int64) error {
 	if err := checkFrame(s.in, s.size, window); err != nil {
 		return err
 	}
-	got, err := d.z.DecodeAll(s.in, out[:0:s.size])
+	got, err := d.z.DecodeAll(s.in, out[:0:min(len(out), s.size+slack)])
 	if err != nil {
 		return because(ErrCorrupt, "%w", err)
 	}
@@ -212,7 +216,7 @@ func (f *frames) start(n int) {
 					if !ok {
 						return
 					}
-					s.err = f.dec.decode(s, s.out[:s.size], window)
+					s.err = f.dec.decode(s, s.out, window)
 					s.done <- struct{}{}
 				case <-quit:
 					return
@@ -307,13 +311,13 @@ func (f *frames) advance(p []byte, w *ota.Range) (int, error) {
 			return 0, err
 		}
 		if len(p) >= s.size && w.Len >= int64(s.size) && w.Off%f.frame == 0 {
-			if err := f.dec.decode(s, p[:s.size], f.d.q.Storage.Window); err != nil {
+			if err := f.dec.decode(s, p, f.d.q.Storage.Window); err != nil {
 				return 0, err
 			}
 			f.taken(int64(s.size))
 			return s.size, nil
 		}
-		return 0, f.dec.decode(s, s.out[:s.size], f.d.q.Storage.Window)
+		return 0, f.dec.decode(s, s.out, f.d.q.Storage.Window)
 	}
 	if f.cur != nil {
 		f.free = append(f.free, f.cur)

@@ -111,13 +111,11 @@ func readSection(r io.Reader, p *Part) (*section, error) {
 		return nil, because(ErrIndex, "the frames have %d bytes instead of %d", total, p.Storage.Size)
 	}
 	if n := p.Storage.chunks(p.Size); n > 0 {
-		s.chunks = &ota.Chunks{Size: p.Storage.Chunk, SHA256: make([][32]byte, 0, n)}
-		for range n {
-			var sum [32]byte
-			if _, err := io.ReadFull(r, sum[:]); err != nil {
+		s.chunks = &ota.Chunks{Size: p.Storage.Chunk, SHA256: make([][32]byte, n)}
+		for i := range s.chunks.SHA256 {
+			if _, err := io.ReadFull(r, s.chunks.SHA256[i][:]); err != nil {
 				return nil, err
 			}
-			s.chunks.SHA256 = append(s.chunks.SHA256, sum)
 		}
 	}
 	if [32]byte(h.Sum(nil)) != p.Storage.Section {

@@ -18,9 +18,12 @@ import (
 
 // Defaults of a [Packing] (docs/BUNDLE.md has the measurements).
 const (
-	DefaultChunk = 64 << 10
-	DefaultFrame = 256 << 10
+	DefaultFrame = 64 << 10
 	DefaultLevel = 3 // of zstd
+	// MinDefaultChunk is the size of chunks where no other is chosen: the block
+	// of file systems and the smallest erase unit of NOR flash. It is doubled as
+	// long as a part has more than 65536 of them, whose digests take 2 MiB.
+	MinDefaultChunk = 4 << 10
 )
 
 // Packing says how [Write] stores a part. The zero value stores it as it is,
@@ -34,14 +37,9 @@ type Packing struct {
 	// DefaultFrame, and the power of two that is a frame's size or less.
 	Frame, Window int64
 	// Chunk is the size of the pieces that have digests. 0 means none, or with
-	// zstd DefaultChunk or, if that is less, Frame; less than 0 means none.
+	// zstd what follows from MinDefaultChunk, but not more than Frame; less
+	// than 0 means none.
 	Chunk int64
-}
-
-// MCU returns the Packing for devices that decode with little memory: zstd with
-// frames, windows and chunks of 64 KiB.
-func MCU() Packing {
-	return Packing{Encoding: EncodingZstd, Frame: 64 << 10, Window: 64 << 10, Chunk: 64 << 10}
 }
 
 // Packing returns how p is stored, for [Write] to store it in the same way. The
@@ -58,14 +56,18 @@ func (p *Part) Packing() Packing {
 	return k
 }
 
-// storage returns the Storage that k makes, nil if there is nothing to say.
-func (k Packing) storage() *Storage {
+// storage returns the Storage that k makes of size bytes, nil if there is nothing
+// to say.
+func (k Packing) storage(size int64) *Storage {
 	s := &Storage{Encoding: k.Encoding, Chunk: max(k.Chunk, 0)}
 	if k.Encoding == EncodingZstd {
 		s.Frame = or(k.Frame, DefaultFrame)
 		s.Window = or(k.Window, 1<<max(10, bits.Len64(uint64(s.Frame))-1))
 		if k.Chunk == 0 {
-			s.Chunk = min(DefaultChunk, s.Frame)
+			for s.Chunk = MinDefaultChunk; s.chunks(size) > 1<<16; {
+				s.Chunk *= 2
+			}
+			s.Chunk = min(s.Chunk, s.Frame)
 		}
 	} else if s.Encoding == EncodingNone && s.Chunk == 0 {
 		return nil
@@ -95,6 +97,7 @@ type sums struct {
 	sha256 [32]byte
 	stored int64
 	digest [32]byte // of what is stored
+	kept   uint32   // CRC-32 of that, if it is encoded
 	sec    section
 }
 
@@ -125,7 +128,7 @@ func (b *writer) encode(w io.Writer, f File, st *Storage, k Packing, name string
 		return s, &Error{Entry: name, Off: -1, Err: err}
 	}
 	if st.Encoding != EncodingNone {
-		s.stored, s.digest = out.n, [32]byte(out.h.Sum(nil))
+		s.stored, s.digest, s.kept = out.n, [32]byte(out.h.Sum(nil)), out.crc
 	}
 	return s, nil
 }

@@ -372,7 +372,7 @@ func TestTools(t *testing.T) {
 		return out
 	}
 	for _, size := range []int{1, 100, 300, 70000, 3 << 20} {
-		for _, k := range []bundle.Packing{{Encoding: bundle.EncodingZstd}, bundle.MCU(), {Encoding: bundle.EncodingZstd, Frame: 1 << 20, Window: 64 << 10, Level: 12, Chunk: -1}} {
+		for _, k := range []bundle.Packing{{Encoding: bundle.EncodingZstd}, {Encoding: bundle.EncodingZstd, Frame: 16 << 10}, {Encoding: bundle.EncodingZstd, Frame: 1 << 20, Window: 64 << 10, Level: 12, Chunk: -1}} {
 			parts := map[string][]byte{"a": text(size, 1), "b": text(size, 2), "c": make([]byte, size)}
 			file := pack(t, parts, map[string]bundle.Packing{"a": k, "b": {Encoding: bundle.EncodingDeflate}, "c": {Chunk: 4096}}, nil)
 			path := filepath.Join(t.TempDir(), "fw.zip")

@@ -181,7 +181,7 @@ func (b *writer) measure(m *Manifest, files map[string]File, pack map[string]Pac
 			return nil, &Error{Entry: p.Src, Off: -1, Err: ErrMissing}
 		}
 		used[p.Src] = true
-		e := item{entry: entry{name: p.Src}, file: f, packing: pack[p.Name], storage: pack[p.Name].storage(), kept: -1}
+		e := item{entry: entry{name: p.Src}, file: f, packing: pack[p.Name], storage: pack[p.Name].storage(f.Size()), kept: -1}
 		if err := b.measureOne(p, &e); err != nil {
 			return nil, err
 		}
@@ -266,7 +266,12 @@ func (b *writer) index(m *Manifest) error {
 	m.Index = IndexPart
 	m.Parts = append(m.Parts, Part{Name: IndexPart, Src: indexFile, Size: int64(len(data)), SHA1: &h1, SHA256: &h256, NoUpdate: true})
 	n := int64(len(data))
-	b.items = slices.Insert(b.items, 0, item{data: data, entry: entry{name: indexFile, crc: crc32.ChecksumIEEE(data), size: n, packed: n}})
+	e := item{data: data, entry: entry{name: indexFile, crc: crc32.ChecksumIEEE(data), size: n}}
+	if z := deflated(data); b.compressed && len(z) < len(data) { // digests of equal chunks
+		e.data, e.method = z, methodDeflate
+	}
+	e.packed = int64(len(e.data))
+	b.items = slices.Insert(b.items, 0, e)
 	return nil
 }
 
@@ -291,10 +296,10 @@ func (b *writer) content(e *item) error {
 		}
 		return err
 	}
-	out := &tally{w: b.w, h: sha256.New()}
+	crc := crc32.NewIEEE()
 	src := &source{ctx: b.ctx, r: io.NewSectionReader(b.scratch, e.kept, e.packed)}
-	_, err := io.CopyBuffer(out, src, make([]byte, 256<<10))
-	if err == nil && (out.n != e.packed || [32]byte(out.h.Sum(nil)) != e.sums.digest) {
+	n, err := io.CopyBuffer(io.MultiWriter(b.w, crc), src, make([]byte, 256<<10))
+	if err == nil && (n != e.packed || crc.Sum32() != e.sums.kept) {
 		err = ota.ErrChanged
 	}
 	if err != nil {
