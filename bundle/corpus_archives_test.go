@@ -86,7 +86,11 @@ func variants() (vs []variant) {
 	end := func(f func([]byte) []byte) func(*archive) { return func(a *archive) { a.onEnd(f) } }
 	name := func(s string) func(*archive) { return func(a *archive) { a.entries[1].name = s } }
 
-	for _, m := range []uint16{8, 9, 12, 14, 93, 99, 0xffff} {
+	// Method 8 is read, so that it depends on what comes first.
+	add("A1", "method local 8", "ErrCorrupt", local(put16(8, 8)))
+	add("A1", "method central 8", "ErrMismatch", central(put16(10, 8)))
+	add("A1", "method 8", "ErrCorrupt", both16(8, 8))
+	for _, m := range []uint16{9, 12, 14, 93, 99, 0xffff} {
 		add("A1", fmt.Sprint("method local ", m), "ErrCompressed", local(put16(8, m)))
 		add("A1", fmt.Sprint("method central ", m), "ErrMismatch", central(put16(10, m)))
 		add("A1", fmt.Sprint("method ", m), "ErrCompressed", both16(8, m))
@@ -431,7 +435,7 @@ type adder func(class, name string, b []byte, want ...string)
 // fields changes every field of every record to the ends of its range.
 func fields(add adder) {
 	broken := []string{"ErrTruncated", "ErrFormat", "ErrMismatch", "ErrHeaderTooLong", "ErrCompressed", "ErrStreamed", "ErrZip64",
-		"ErrEncrypted", "ErrName", "ErrExtraEntry", "ErrMissing", "ErrSize", "ErrCRC"}
+		"ErrEncrypted", "ErrName", "ErrExtraEntry", "ErrMissing", "ErrSize", "ErrCRC", "ErrCorrupt"}
 	type field struct {
 		name     string
 		off, len int
@@ -566,9 +570,19 @@ func bombs(add adder) {
 	packed.entries[1].onLocal(put32(22, n))
 	packed.entries[1].onCentral(put16(10, 8))
 	packed.entries[1].onCentral(put32(24, n))
-	add("bomb", "deflate 1032:1", packed.bytes(), "ErrCompressed")
+	add("bomb", "deflate 1032:1", packed.bytes(), "ErrSize")
 	packed.entries[0], packed.entries[1] = entry{name: "manifest.json", data: zeros, local: packed.entries[1].local, central: packed.entries[1].central}, packed.entries[0]
-	add("bomb", "deflated manifest 1032:1", packed.bytes(), "ErrCompressed")
+	add("bomb", "deflated manifest 1032:1", packed.bytes(), "ErrTooLarge")
+	for k, name := range []string{"manifest.json", "a.bin"} { // the size is small, what comes is not
+		a := small()
+		claim := uint32(len(a.entries[k].data))
+		a.entries[k] = entry{name: name, data: zeros}
+		a.entries[k].onLocal(put16(8, 8))
+		a.entries[k].onLocal(put32(22, claim))
+		a.entries[k].onCentral(put16(10, 8))
+		a.entries[k].onCentral(put32(24, claim))
+		add("bomb", "deflate 1032:1 that claims to be small, "+name, a.bytes(), "ErrCorrupt")
+	}
 	for _, e := range []int{0, 1} {
 		for _, v := range []uint32{1 << 20, 1 << 31, 0xfffffffe} {
 			a := small()

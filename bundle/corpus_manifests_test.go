@@ -78,9 +78,11 @@ func manifests() (all []sample) {
 		add("around", s, "ErrManifest")
 	}
 	for _, s := range []string{part(good), " \t\r\n" + part(good) + " \t\r\n", part(good + `,"type":"app"`), part(good + `,"cs_sha1":"` + sum1("AAA") + `"`), part(good + `,"x":{"y":[1]}`), part(good + `,"update":false`), part(good + `,"update":true`), part(good + `,"addr":4096,"ptn":"app_0","encrypt":true`), part(`"fill":0,"size":5`), part(`"fill":255,"size":16777216`),
-		top(`"name":"","platform":"p","version":"\u0000",`), top(`"ota":{},`), top(`"ota":{"security":0},`), top(`"ota":{"security":9007199254740991},`), top(`"ota":{"security":1,"x":2},`), top(`"description":"` + strings.Repeat("x", 30000) + `",`)} {
+		top(`"name":"","platform":"p","version":"\u0000",`), top(`"ota":{},`), top(`"ota":{"security":0},`), top(`"ota":{"security":9007199254740991},`), top(`"ota":{"security":1,"x-y":2},`), top(`"description":"` + strings.Repeat("x", 30000) + `",`)} {
 		add("good", s, "")
 	}
+
+	storage(add)
 
 	// Two that differ for one parser and not for another.
 	for _, m := range []string{"name", "platform", "version", "build_id", "build_timestamp", "description"} {
@@ -407,4 +409,100 @@ func FuzzKey(f *testing.F) {
 		require.NoError(t, err)
 		require.Equal(t, sum256(string(spki)), id)
 	})
+}
+
+// storage is about what the member "ota" says of parts.
+func storage(add func(class, text, want string)) {
+	sum := sum256("AAA")
+	doc := func(own, size string) string {
+		return `{"parts":{"a":{"src":"a.bin","size":` + size + `,"cs_sha256":"` + sum + `"},"f":{"fill":0,"size":5},"i":{"src":"i","size":%d,"cs_sha256":"` + sum +
+			`","update":false}},"ota":{` + own + `}}`
+	}
+	try := func(own, size string, index int, want string) {
+		add("storage", fmt.Sprintf(doc(own, size), index), want)
+	}
+	part := func(s string) string { return `"format":1,"index":"i","parts":{"a":{` + s + `}}` }
+	plain := func(s string) string { return `"format":1,"parts":{"a":{` + s + `}}` }
+	section := `,"section_sha256":"` + sum + `"`
+	stored := `,"stored_size":2000,"stored_sha256":"` + sum + `"`
+	zstd := `"encoding":"zstd"` + stored + `,"window":1024,"frame":1024` + section
+	chunks := `"chunk":512` + section
+
+	try(part(chunks), "3", 16+32, "")
+	try(part(chunks), "512", 16+32, "")
+	try(part(chunks), "513", 16+64, "")
+	try(part(zstd), "1024", 16+36, "")
+	try(part(zstd+`,"chunk":512`), "1025", 16+2*36+3*32, "")
+	try(part(zstd+`,"x-more":[1]`), "1024", 16+36, "")
+	try(part(zstd)+`,"x-more":{}`, "1024", 16+36, "")
+	try(part(zstd), "1099511627", 16+36*1073742, "")
+	try(plain(`"encoding":"deflate"`+stored), "5", 5, "")
+	try(plain(``), "5", 5, "")
+	try(`"format":1`, "5", 5, "")
+
+	for _, n := range []int{1, 16, 16 + 36 - 1, 16 + 36 + 1} {
+		try(part(zstd), "1024", n, "ErrIndex")
+	}
+	for _, f := range []string{"2", "9007199254740991"} {
+		try(strings.Replace(part(zstd), `"format":1`, `"format":`+f, 1), "1024", 16+36, "ErrUnsupported")
+	}
+	for _, f := range []string{"0", "1.0", `"1"`, "null", "true"} {
+		try(strings.Replace(part(zstd), `"format":1`, `"format":`+f, 1), "1024", 16+36, map[bool]string{true: "ErrUnsupported", false: "ErrManifest"}[f == "0"])
+	}
+	for _, own := range []string{part(zstd) + `,"more":1`, part(zstd + `,"more":1`), part(strings.Replace(zstd, "zstd", "xz", 1)), part(strings.Replace(zstd, "zstd", "", 1)),
+		part(strings.Replace(zstd, "zstd", "none", 1)), part(zstd + `,"base":"old"`), `"format":1,"X-a":1`} {
+		try(own, "1024", 16+36, "ErrUnsupported")
+	}
+	for _, own := range []string{
+		`"index":"i","parts":{"a":{` + zstd + `}}`,
+		`"format":1,"parts":{"a":{` + zstd + `}}`,
+		`"format":1,"index":"","parts":{"a":{` + zstd + `}}`,
+		`"format":1,"index":"j","parts":{"a":{` + zstd + `}}`,
+		`"format":1,"index":"a","parts":{"a":{` + zstd + `}}`,
+		`"format":1,"index":"f","parts":{"a":{` + zstd + `}}`,
+		`"format":1,"index":1,"parts":{"a":{` + zstd + `}}`,
+		`"format":1,"index":"i","parts":[]`,
+		`"format":1,"index":"i","parts":{"a":1}`,
+		`"format":1,"index":"i","parts":{"b":{` + zstd + `}}`,
+		`"format":1,"index":"i","parts":{"A":{` + zstd + `}}`,
+		`"format":1,"index":"i","parts":{"i":{` + zstd + `}}`,
+		`"format":1,"index":"i","parts":{"f":{` + zstd + `}}`,
+		`"format":1,"index":"i"`,
+		`"format":1,"index":"i","parts":{}`,
+		`"format":1,"INDEX":"i"`,
+		part(strings.Replace(zstd, `"frame":1024`, `"frame":0`, 1)),
+		part(strings.Replace(zstd, `"frame":1024`, `"frame":1000`, 1)),
+		part(strings.Replace(zstd, `"frame":1024`, `"frame":-1`, 1)),
+		part(strings.Replace(zstd, `"frame":1024`, `"frame":67109376`, 1)),
+		part(strings.Replace(zstd, `"frame":1024,`, ``, 1)),
+		part(strings.Replace(zstd, `"window":1024,`, ``, 1)),
+		part(strings.Replace(zstd, `"window":1024`, `"window":1023`, 1)),
+		part(strings.Replace(zstd, `"window":1024`, `"window":2048`, 1)),
+		part(strings.Replace(zstd, `"window":1024`, `"window":9007199254740991`, 1)),
+		part(strings.Replace(zstd, `"stored_size":2000`, `"stored_size":0`, 1)),
+		part(strings.Replace(zstd, `"stored_size":2000`, `"stored_size":4294967295`, 1)),
+		part(strings.Replace(zstd, `"stored_size":2000,`, ``, 1)),
+		part(strings.Replace(zstd, section, ``, 1)),
+		part(zstd + `,"chunk":0`),
+		part(zstd + `,"chunk":500`),
+		part(zstd + `,"chunk":1536`),
+		part(zstd + `,"chunk":2048`),
+		part(zstd + `,"Chunk":512`),
+		part(zstd + `,"chunk":"512"`),
+		part(`"chunk":512`),
+		part(section[1:]),
+		part(chunks + stored),
+		part(`"encoding":"deflate"` + stored + `,"frame":1024,"window":1024`),
+		part(`"encoding":"deflate"` + stored + section),
+		part(`"encoding":"deflate"`),
+		part(`"encoding":1`),
+	} {
+		try(own, "1024", 16+36, "ErrManifest")
+	}
+	try(part(strings.Replace(zstd, sum, sum[1:], 1)), "1024", 16+36, "ErrNoDigest")
+	try(part(strings.Replace(zstd, section, `,"section_sha256":""`, 1)), "1024", 16+36, "ErrNoDigest")
+	try(part(zstd), "1099511627777", 16+36, "ErrTooLarge")
+	try(part(zstd), "1099511627776", 16+36, "ErrTooLarge")
+	try(part(chunks), "4294967295", 16+36, "ErrTooLarge")
+	try(part(chunks), "4294967294", 16+36, "ErrTooLarge") // 256 MiB of digests
 }

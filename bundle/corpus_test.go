@@ -58,6 +58,7 @@ var sentinels = []struct {
 	{"ErrStreamed", bundle.ErrStreamed}, {"ErrZip64", bundle.ErrZip64}, {"ErrEncrypted", bundle.ErrEncrypted},
 	{"ErrDuplicate", bundle.ErrDuplicate}, {"ErrName", bundle.ErrName}, {"ErrNoManifest", bundle.ErrNoManifest},
 	{"ErrExtraEntry", bundle.ErrExtraEntry}, {"ErrMissing", bundle.ErrMissing},
+	{"ErrUnsupported", bundle.ErrUnsupported}, {"ErrIndex", bundle.ErrIndex}, {"ErrCorrupt", bundle.ErrCorrupt},
 	{"ErrNoDigest", bundle.ErrNoDigest}, {"ErrFormat", bundle.ErrFormat}, {"ErrManifest", bundle.ErrManifest}, {"ErrSize", bundle.ErrSize}, {"ErrCRC", bundle.ErrCRC},
 	{"ErrTooLarge", bundle.ErrTooLarge}, {"ErrDigest", bundle.ErrDigest}, {"ErrUnsigned", bundle.ErrUnsigned},
 	{"ErrSignature", bundle.ErrSignature},

@@ -31,7 +31,7 @@ var (
 	ErrTrailing      = errors.New("there is something after the end of the archive")
 	ErrHeaderTooLong = errors.New("an archive header is too long")
 	ErrMismatch      = errors.New("the archive's directory contradicts its entries")
-	ErrCompressed    = errors.New("the archive was re-compressed; use the original file, whose entries are stored")
+	ErrCompressed    = errors.New("the archive was re-compressed in a way that is not supported; use the original file")
 	ErrStreamed      = errors.New("the archive does not say how long its entries are because it was zipped anew; use the original file")
 	ErrZip64         = errors.New("zip64 archives are not supported")
 	ErrEncrypted     = errors.New("the archive is encrypted")
@@ -42,9 +42,13 @@ var (
 	ErrMissing       = errors.New("a file that the manifest names is not in the archive")
 
 	ErrManifest = errors.New("bad manifest")
+	ErrIndex    = errors.New("bad index of frames and chunks")
+	ErrCorrupt  = errors.New("compressed data are damaged, or not what the manifest says")
 	ErrNoDigest = errors.New("a part has no acceptable digest")
 	ErrSize     = errors.New("the entry's size is not the one in the manifest")
 	ErrCRC      = errors.New("the CRC-32 is wrong")
+
+	ErrUnsupported error = &sentinel{"made for another version of this software", ota.ErrUnsupported}
 
 	ErrTooLarge  error = &sentinel{"too large", ota.ErrTooLarge}
 	ErrDigest    error = &sentinel{"the digest is wrong", ota.ErrDigest}
@@ -54,6 +58,9 @@ var (
 
 // errNoParts has a text of its own on the wire.
 var errNoParts error = &sentinel{"the manifest has no parts", ErrManifest}
+
+// errClosed is what everything yields after Close.
+var errClosed error = &sentinel{"the reader is closed", io.ErrClosedPipe}
 
 // errStale is what the data of a part yields after the next call of Next.
 var errStale = errors.New("the data was read after the next part was asked for")

@@ -149,3 +149,41 @@ func FuzzManifest(f *testing.F) {
 		require.Equal(t, len(m.Parts), len(again.Parts))
 	})
 }
+
+// FuzzPacked reads compressed bundles in every way, and finds the same.
+func FuzzPacked(f *testing.F) {
+	file, _ := mixed(f, 512, 1024, 2000, nil)
+	f.Add(file)
+	file, _ = mixed(f, 512, 512, 10, nil)
+	f.Add(file)
+	f.Add(load(f, "compressed.zip"))
+	f.Fuzz(func(t *testing.T, file []byte) {
+		for range 2 {
+			p := bundle.Policy{AllowUnsigned: true, AllowSHA1: true, MaxWindow: 1 << 20, MaxIndex: 1 << 16, MaxSize: 1 << 24, Workers: 1}
+			_ = everyWay(t, p, file)
+			file = repair(file)
+		}
+	})
+}
+
+// FuzzIndex reads bundles with the given index and frames, for which the manifest
+// vouches.
+func FuzzIndex(f *testing.F) {
+	data := string(text(1500, 1))
+	c := &crafted{frames: []string{frame(f, data[:1024]), frame(f, data[1024:])}, size: 1500, window: 1024, frame: 1024, chunk: 512, content: data}
+	var index []byte
+	c.change = func(b []byte) []byte { index = bytes.Clone(b); return b }
+	c.bytes()
+	f.Add(index, strings.Join(c.frames, ""), 0)
+	f.Add(index, strings.Join(c.frames, ""), len(c.frames[0]))
+	f.Fuzz(func(t *testing.T, index []byte, stored string, cut int) {
+		c := *c
+		c.change = func([]byte) []byte { return index }
+		if cut > 0 && cut < len(stored) { // the index is about the frames
+			c.frames, c.change = []string{stored[:cut], stored[cut:]}, nil
+		} else {
+			c.frames = []string{stored}
+		}
+		_ = everyWay(t, bundle.Policy{AllowUnsigned: true, Workers: 1}, c.bytes())
+	})
+}

@@ -45,8 +45,11 @@ type Manifest struct {
 	// Security is the security version, the member "security" of the top
 	// level member "ota", which Mongoose OS ignores. 0 is the same as none.
 	Security uint64
-	// Extra holds all other top level members, and "ota" whole. What it says
-	// about "security" is not written: Security is.
+	// Index is the name of the part that holds the index, the member "index"
+	// of "ota"; "" if no part has frames or chunks.
+	Index string
+	// Extra holds all other top level members, and "ota" whole. Of that, only
+	// optional members are written: those whose names begin with "x-".
 	Extra map[string]json.RawMessage
 
 	raw []byte
@@ -66,6 +69,9 @@ type Part struct {
 	// NoUpdate marks a part that is not to be installed by an update, such as
 	// a boot loader ("update": false).
 	NoUpdate bool
+	// Storage says how the content is stored, if not as it is or if it has
+	// chunks; else nil.
+	Storage *Storage
 	// Extra holds all other members, such as "ptn", "addr" and "encrypt".
 	Extra map[string]json.RawMessage
 }
@@ -101,7 +107,9 @@ const maxExact = 1<<53 - 1
 // wrong type, trailing data, nesting deeper than 16 levels, and parts that
 // could not be installed. Errors wrap [ErrManifest], [ErrName] (as the file
 // name of a part), [ErrNoDigest] (a digest that is not exactly 40 or 64
-// hexadecimal digits) or [ErrTooLarge]. b must not be changed afterwards.
+// hexadecimal digits), [ErrTooLarge], [ErrUnsupported] (another version of the
+// format, or a member of "ota" that may not be ignored) or [ErrIndex]. b must
+// not be changed afterwards.
 func ParseManifest(b []byte) (*Manifest, error) {
 	m, err := parseManifest(b)
 	if err != nil {
@@ -119,6 +127,7 @@ func parseManifest(b []byte) (*Manifest, error) {
 		return nil, because(ErrManifest, "%w", err)
 	}
 	m := &Manifest{raw: b}
+	var mine own
 	for _, e := range ms {
 		switch e.Name {
 		case "name":
@@ -142,7 +151,9 @@ func parseManifest(b []byte) (*Manifest, error) {
 				return nil, err
 			}
 			if e.Name == "ota" {
-				m.Security, err = security(e.Value)
+				if mine, err = parseOwn(e.Value); err != nil {
+					return nil, because(err, "member \"ota\"")
+				}
 			}
 			if m.Extra == nil {
 				m.Extra = map[string]json.RawMessage{}
@@ -153,21 +164,10 @@ func parseManifest(b []byte) (*Manifest, error) {
 			return nil, because(ErrManifest, "member %s: %w", ota.Quote(e.Name), err)
 		}
 	}
-	return m, m.check()
-}
-
-// security returns the security version in the member "ota".
-func security(b []byte) (v uint64, err error) {
-	ms, err := strictjson.Members(b)
-	for _, e := range ms {
-		if e.Name == "security" {
-			return strictjson.Uint(e.Value, maxExact)
-		}
-		if err := variant(e.Name, []string{"security"}); err != nil {
-			return 0, err
-		}
+	if err := m.adopt(mine); err != nil {
+		return nil, err
 	}
-	return 0, err
+	return m, m.check()
 }
 
 func parseParts(b []byte) ([]Part, error) {
@@ -307,7 +307,7 @@ func (m *Manifest) check() error {
 			fill += p.Size
 		}
 	}
-	return nil
+	return m.checkStorage()
 }
 
 func (p *Part) check() error {
@@ -323,8 +323,11 @@ func (p *Part) check() error {
 		return because(ErrName, "%s", ota.Quote(p.Src))
 	case p.Size <= 0:
 		return because(ErrManifest, "size %d", p.Size)
-	case p.Size > maxFileSize:
+	case p.Size > maxFileSize && (p.Storage == nil || p.Storage.Encoding != EncodingZstd), p.Size > maxZstdSize:
 		return because(ErrTooLarge, "size %d", p.Size)
+	}
+	if p.Storage != nil {
+		return p.Storage.check(p)
 	}
 	return nil
 }
@@ -373,21 +376,12 @@ func (m *Manifest) MarshalJSON() ([]byte, error) {
 		}
 	}
 	o.set("parts", parts.marshal())
-	var own object
-	if b := m.Extra["ota"]; b != nil {
-		ms, err := strictjson.Members(b)
-		if err != nil {
-			return nil, because(ErrManifest, "member \"ota\": %w", err)
-		}
-		own = ms
+	own, err := m.own()
+	if err != nil {
+		return nil, err
 	}
-	if m.Security != 0 {
-		own.set("security", strconv.AppendUint(nil, m.Security, 10))
+	if o.remove("ota"); len(own) > 0 {
 		o.set("ota", own.marshal())
-	} else if own.remove("security") {
-		if o.remove("ota"); len(own) > 0 {
-			o.set("ota", own.marshal())
-		}
 	}
 	o.sort(topOrder)
 	return o.marshal(), nil

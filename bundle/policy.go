@@ -64,9 +64,37 @@ type Policy struct {
 	// MaxSize bounds the content of all parts together, in bytes; 0 means no
 	// bound but that of the format, nearly 4 GiB.
 	MaxSize int64
+	// MaxIndex bounds the digests of frames and chunks, in bytes, and thus the
+	// memory that they take; 0 means 4 MiB, enough for 8 GiB in chunks of 64
+	// KiB. 64 MiB is the most.
+	MaxIndex int64
+	// MaxWindow bounds the frames and windows of parts that are stored as zstd,
+	// in bytes; 0 means 8 MiB, and 64 MiB is the most. To decode takes twice
+	// the frame (as it is stored, and decoded), for each frame that is decoded
+	// at the same time, and not more than 8 MiB as long as that is enough for
+	// two; and half a megabyte for each of Workers.
+	MaxWindow int64
+	// Workers is how many frames are decoded at the same time; 0 means
+	// GOMAXPROCS, but at most 4. With 1 there are no goroutines.
+	Workers int
 }
 
-const maxManifest = 64 << 10
+const (
+	maxManifest     = 64 << 10
+	defaultIndex    = 4 << 20
+	defaultMaxFrame = 8 << 20
+)
+
+func (p *Policy) maxIndex() int64  { return or(p.MaxIndex, defaultIndex) }
+func (p *Policy) maxWindow() int64 { return or(p.MaxWindow, defaultMaxFrame) }
+
+// or returns v, or else instead of 0.
+func or(v, instead int64) int64 {
+	if v == 0 {
+		return instead
+	}
+	return v
+}
 
 // Open reads the beginning of the bundle r, to the end of its manifest, and
 // checks all that can be known by then: the signatures, then the manifest and
@@ -82,7 +110,31 @@ func (p *Policy) Open(ctx context.Context, r io.Reader) (*Reader, error) {
 	if err := p.check(); err != nil {
 		return nil, &Error{Off: -1, Err: err}
 	}
-	return open(ctx, r, p)
+	b, err := open(ctx, r, p)
+	if err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// OpenRanges is Open for a bundle of which not all may have to be read: of a
+// part that has chunks only what [ota.Selector] was told to yield is, as far as
+// its encoding permits. It makes one call of src.Ranges for the first 64 KiB,
+// one for what that leaves of the index, as a rule one for each part (its data
+// and the next header), and one for the end of the archive. Readers are closed
+// by [Reader.Close], if Next did not return an error or io.EOF.
+func (p *Policy) OpenRanges(ctx context.Context, src Source) (*Reader, error) {
+	if p == nil {
+		p = &Policy{}
+	}
+	if err := p.check(); err != nil {
+		return nil, &Error{Off: -1, Err: err}
+	}
+	b, err := openRanges(ctx, src, p)
+	if err != nil {
+		return nil, err
+	}
+	return b, nil
 }
 
 // Image is Open for callers that need no more than an [ota.Image].
@@ -152,7 +204,8 @@ func (p *Policy) check() error {
 		return because(ErrPolicy, "a threshold of %d with %d different keys", p.Threshold, len(distinct))
 	case p.AllowSHA1 && !p.AllowUnsigned:
 		return because(ErrPolicy, "SHA-1 is for unsigned bundles, which are not allowed")
-	case p.MaxManifest < 0 || p.MaxManifest > maxManifest || p.MaxSize < 0:
+	case p.MaxManifest < 0 || p.MaxManifest > maxManifest || p.MaxSize < 0 || p.MaxIndex < 0 || p.MaxIndex > maxIndex ||
+		p.MaxWindow < 0 || p.MaxWindow > MaxFrame || p.Workers < 0:
 		return because(ErrPolicy, "a limit is out of range")
 	case p.Trust != nil && p.Trust.Record().Version == 0:
 		return because(ErrPolicy, "a trust anchor that trusts nobody")

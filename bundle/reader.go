@@ -3,6 +3,7 @@ package bundle
 import (
 	"bufio"
 	"bytes"
+	"compress/flate"
 	"context"
 	"crypto/sha1"
 	"crypto/sha256"
@@ -11,7 +12,9 @@ import (
 	"hash"
 	"hash/crc32"
 	"io"
+	"sync"
 
+	"github.com/klauspost/compress/zstd"
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/internal/strictjson"
 )
@@ -26,18 +29,33 @@ import (
 //
 // Of a part's data the size, the CRC-32 and, if the manifest has one, the
 // SHA-1 are checked by the time the last byte is returned; an error comes with
-// that byte, again from every later Read, and from Next. The SHA-256 of a part
-// whose data the caller reads is the caller's to check, because
-// [ota.Device.Update] does so anyway. Next checks all three for parts of which
-// nothing was read, and for those that are not to be installed. When a part
-// was read to some point but not to its end, Next checks all but the SHA-256.
+// that byte, again from every later Read, and from Next. Of a part that is
+// stored as zstd every frame is checked before it is decoded. The SHA-256 of a
+// part whose data the caller reads is the caller's to check, because
+// [ota.Device.Update] does so anyway. Next checks all of that, and the SHA-256
+// of the stored bytes, for parts of which nothing was read, and for those that
+// are not to be installed. When a part was read to some point but not to its
+// end, Next checks all but the SHA-256.
+//
+// A Reader of a [Source] reads no more of it than it has to. Next passes over
+// what was not read of a part, and over parts that are not to be installed:
+// nothing of these is checked but their headers. The data of parts that have
+// chunks implement [ota.Selector]. Of a part that was read in part because of
+// that, only its zstd frames are checked; to check the chunks is up to the
+// caller, as with SHA-256.
 type Reader struct {
 	src   *source
+	at    *cursor // what src reads, if that is a Source
 	br    *bufio.Reader
 	off   int64 // in the archive
 	m     *Manifest
 	info  ota.ImageInfo
 	attrs map[string]json.RawMessage
+
+	sections map[string]*section
+	workers  int
+	maxFrame int64
+	dec      *decoder // nil until it is needed
 
 	entries []*entry
 	seen    map[string]bool // names, folded
@@ -45,7 +63,7 @@ type Reader struct {
 	cur     *data           // of the part offered last
 	fills   []ota.ImagePart
 	ended   bool // the end of the archive was reached
-	scratch []byte
+	scratch [][]byte
 	err     error // what every further call returns
 }
 
@@ -62,7 +80,7 @@ func (s *source) Read(p []byte) (int, error) {
 		}
 		n, err := s.r.Read(p)
 		if n < 0 || n > len(p) {
-			return 0, errors.New("the source returned an impossible count")
+			return 0, errCount
 		}
 		if n > 0 || err != nil {
 			return n, err
@@ -71,38 +89,61 @@ func (s *source) Read(p []byte) (int, error) {
 	return 0, io.ErrNoProgress
 }
 
+var errCount = errors.New("the source returned an impossible count")
+
 func open(ctx context.Context, rd io.Reader, p *Policy) (*Reader, error) {
 	src := &source{ctx, rd}
 	r := &Reader{src: src, br: bufio.NewReaderSize(src, 4096), seen: map[string]bool{}}
+	return r, r.open(p)
+}
+
+func openRanges(ctx context.Context, rd Source, p *Policy) (*Reader, error) {
+	at := &cursor{src: rd, size: rd.Size()}
+	src := &source{ctx, at}
+	r := &Reader{src: src, at: at, br: bufio.NewReaderSize(src, window), seen: map[string]bool{}}
+	at.ctx, at.block = func() context.Context { return src.ctx }, r.ahead
+	if at.size < 0 {
+		return nil, r.fail(nil, errCount)
+	}
+	if _, err := r.br.Peek(int(min(window, at.size))); err != nil {
+		at.close()
+		return nil, r.fail(nil, err)
+	}
+	err := r.open(p)
+	if err != nil {
+		at.close()
+	}
+	return r, err
+}
+
+// open reads the manifest and the index.
+func (r *Reader) open(p *Policy) error {
 	e, err := r.manifestEntry()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	limit := int64(maxManifest)
 	if p.MaxManifest > 0 {
 		limit = int64(p.MaxManifest)
 	}
 	if e.size > limit {
-		return nil, r.fail(e, because(ErrTooLarge, "manifest of %d bytes, limit %d", e.size, limit))
+		return r.fail(e, because(ErrTooLarge, "manifest of %d bytes, limit %d", e.size, limit))
 	}
-	raw := make([]byte, e.size)
-	if err := r.read(e, raw); err != nil {
-		return nil, err
-	}
-	if err := r.finish(e, crc32.ChecksumIEEE(raw)); err != nil {
-		return nil, err
+	raw, err := r.text(e)
+	if err != nil {
+		return err
 	}
 
 	// The signature first: nobody else's JSON is looked at.
 	var have signatures
 	x, err := e.signatures()
 	if err != nil {
-		return nil, r.fail(e, err)
+		return r.fail(e, err)
 	}
 	if x != nil {
 		attrs, err := parseExtra(x, &have)
 		if err != nil {
-			return nil, r.fail(e, err)
+			return r.fail(e, err)
 		}
 		r.attrs = map[string]json.RawMessage{}
 		for _, a := range attrs {
@@ -111,16 +152,80 @@ func open(ctx context.Context, rd io.Reader, p *Policy) (*Reader, error) {
 	}
 	signers, err := p.verify(raw, &have)
 	if err != nil {
-		return nil, r.fail(e, err)
+		return r.fail(e, err)
 	}
 	if r.m, err = parseManifest(raw); err == nil {
 		err = r.describe(p, signers)
 	}
 	if err != nil {
 		r.err = &Error{Entry: ManifestName, Off: -1, Err: err}
-		return nil, r.err
+		return r.err
 	}
-	return r, nil
+	return r.index()
+}
+
+// text returns the content of the manifest's entry e, of limited size.
+func (r *Reader) text(e *entry) ([]byte, error) {
+	if e.packed > maxManifest+maxManifest/8 {
+		return nil, r.fail(e, because(ErrTooLarge, "manifest of %d bytes", e.packed))
+	}
+	raw := make([]byte, e.size)
+	in := &packed{r: r, end: r.off + e.packed}
+	var body io.Reader = in
+	if e.method == methodDeflate {
+		body = newInflater(in)
+	}
+	_, err := io.ReadFull(body, raw)
+	if z, ok := body.(*inflater); ok && err == nil {
+		err = z.end()
+	}
+	if err != nil {
+		return nil, r.fail(e, in.explain(err))
+	}
+	return raw, r.finish(e, crc32.ChecksumIEEE(raw))
+}
+
+// index reads the entry of the index, if there is one.
+func (r *Reader) index() error {
+	if r.m.Index == "" {
+		return nil
+	}
+	x := r.m.Part(r.m.Index)
+	e, err := r.next()
+	if err != nil {
+		return err
+	}
+	if e == nil || e.name != x.Src {
+		return r.fail(e, because(ErrIndex, "it does not come after the manifest"))
+	}
+	if _, err := r.lookUp(e); err != nil {
+		return err
+	}
+	d, h := newData(r, e, x), sha256.New()
+	r.cur = d // whose data may be read
+	br := bufio.NewReader(io.TeeReader(d, h))
+	r.sections, err = readIndex(br, r.m)
+	if err == nil {
+		if _, err = br.ReadByte(); err == io.EOF {
+			err = nil
+		}
+	}
+	r.cur = nil
+	if err == nil && [32]byte(h.Sum(nil)) != *x.SHA256 {
+		err = because(ErrDigest, "SHA-256 of the index")
+	}
+	if err != nil {
+		if r.err == nil {
+			_ = r.fail(e, err)
+		}
+		return r.err
+	}
+	for i := range r.info.Parts {
+		if s := r.sections[r.info.Parts[i].Name]; s != nil {
+			r.info.Parts[i].Chunks = s.chunks
+		}
+	}
+	return nil
 }
 
 // manifestEntry reads the first header.
@@ -157,7 +262,8 @@ func (r *Reader) describe(p *Policy, signers []string) error {
 	if err := p.bound(&r.info); err != nil {
 		return err
 	}
-	var total int64 // of at most 64 sizes of 32 bits
+	r.workers, r.maxFrame = p.workers(), p.maxWindow()
+	var total int64 // of at most 64 sizes of 40 bits
 	for i := range m.Parts {
 		q := &m.Parts[i]
 		sum := q.SHA256
@@ -175,6 +281,15 @@ func (r *Reader) describe(p *Policy, signers []string) error {
 			if sum, err = q.fillDigest(r.src); err != nil {
 				return because(err, "part %s", ota.Quote(q.Name))
 			}
+		}
+		if st := q.Storage; st != nil && max(st.Frame, st.Window) > r.maxFrame {
+			return because(ErrTooLarge, "part %s: frames of %d bytes with a window of %d, limit %d", ota.Quote(q.Name), st.Frame, st.Window, r.maxFrame)
+		}
+		if q.Name == m.Index {
+			if limit := p.maxIndex(); q.Size > limit {
+				return because(ErrTooLarge, "an index of %d bytes, limit %d", q.Size, limit)
+			}
+			continue
 		}
 		if total += q.Size; p.MaxSize > 0 && total > p.MaxSize {
 			return because(ErrTooLarge, "the parts have more than %d bytes", p.MaxSize)
@@ -206,10 +321,7 @@ func (r *Reader) Attrs() map[string]json.RawMessage { return r.attrs }
 func (r *Reader) Next(ctx context.Context) (*ota.ImagePart, error) {
 	r.src.ctx = ctx
 	if r.cur != nil {
-		if r.err == nil && r.cur.left > 0 {
-			_ = r.cur.drain() // leaves its error in r.err
-		}
-		r.cur.err = errStale
+		r.leave(r.cur)
 		r.cur = nil
 	}
 	for r.err == nil && !r.ended {
@@ -224,12 +336,20 @@ func (r *Reader) Next(ctx context.Context) (*ota.ImagePart, error) {
 		if err != nil {
 			return nil, err
 		}
-		r.cur = newData(r, e, q)
+		d := newData(r, e, q)
+		r.cur = d
 		if q.NoUpdate {
-			_ = r.cur.drain()
+			r.leave(d)
 			continue
 		}
-		return &ota.ImagePart{PartInfo: ota.PartInfo{Name: q.Name, Size: q.Size, SHA256: q.SHA256}, Data: r.cur}, nil
+		part := &ota.ImagePart{PartInfo: ota.PartInfo{Name: q.Name, Size: q.Size, SHA256: q.SHA256}, Data: d}
+		if d.sec != nil {
+			part.Chunks = d.sec.chunks
+		}
+		if r.at != nil && part.Chunks != nil && e.method == methodStored && !e.descriptor {
+			part.Data = selectable{d}
+		}
+		return part, nil
 	}
 	if r.err != nil {
 		return nil, r.err
@@ -241,6 +361,42 @@ func (r *Reader) Next(ctx context.Context) (*ota.ImagePart, error) {
 	f := r.fills[0]
 	r.fills = r.fills[1:]
 	return &f, nil
+}
+
+// leave passes over what was not read of d.
+func (r *Reader) leave(d *data) {
+	if r.err == nil && (r.at == nil || d.e.descriptor) {
+		_ = d.drain() // leaves its error in r.err
+	}
+	d.stop()
+	d.err, d.left = errStale, 0
+	if r.err == nil && r.at != nil {
+		if d.end > r.at.size {
+			_ = r.fail(d.e, ErrTruncated)
+			return
+		}
+		r.seek(d.end)
+	}
+}
+
+// Close ends what the Reader does in the background, and makes all further calls
+// fail. What it reads from is not closed. It may be called more than once, and
+// need not be called when Next or [Policy.Open] has returned an error, io.EOF
+// included, or when the context given to Next has ended.
+func (r *Reader) Close() error {
+	if r.cur != nil {
+		r.cur.stop()
+		r.cur = nil
+	}
+	if r.at != nil {
+		r.at.close()
+	}
+	if r.dec != nil {
+		r.dec.z.Close()
+		r.dec = nil
+	}
+	r.err = errClosed
+	return nil
 }
 
 // next reads the next header, or the end of the archive, in which case there
@@ -269,8 +425,24 @@ func (r *Reader) lookUp(e *entry) (*Part, error) {
 		if q.Src != e.name {
 			continue
 		}
-		if q.Size != e.size {
-			return nil, r.fail(e, because(ErrSize, "%d instead of %d", e.size, q.Size))
+		size, packed, method := q.Size, e.packed, e.method
+		if st := q.Storage; st != nil {
+			switch st.Encoding {
+			case EncodingNone:
+				method = methodStored
+			case EncodingDeflate:
+				packed, method = st.Size, methodDeflate
+			case EncodingZstd:
+				size, packed, method = st.Size, st.Size, methodStored
+			}
+		}
+		switch {
+		case size != e.size:
+			return nil, r.fail(e, because(ErrSize, "%d instead of %d", e.size, size))
+		case packed != e.packed, packed > size+size/8+1<<10: // a lot of nothing
+			return nil, r.fail(e, because(ErrSize, "%d instead of %d", e.packed, packed))
+		case method != e.method:
+			return nil, r.fail(e, because(ErrMismatch, "method %d instead of %d", e.method, method))
 		}
 		r.missing--
 		return q, nil
@@ -329,13 +501,13 @@ func (r *Reader) finish(e *entry, crc uint32) error {
 		return r.fail(e, because(ErrCRC, "%08x instead of %08x", crc, e.crc))
 	}
 	if e.descriptor {
-		b, err := r.br.Peek(16)
+		b, err := r.br.Peek(lenDescriptor)
 		if err != nil && !errors.Is(err, io.EOF) {
 			return r.fail(e, err)
 		}
-		n, err := checkDescriptor(b, crc, e.size)
+		n, err := checkDescriptor(b, crc, e)
 		if err != nil {
-			if len(b) < 16 {
+			if len(b) < lenDescriptor {
 				err = ErrTruncated
 			}
 			return r.fail(e, err)
@@ -438,6 +610,7 @@ func (r *Reader) read(e *entry, b []byte) error {
 func (r *Reader) fail(e *entry, err error) error { return r.failAt(e, r.off, err) }
 
 func (r *Reader) failAt(e *entry, off int64, err error) error {
+	r.stop()
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
 		err = ErrTruncated
 	}
@@ -449,24 +622,153 @@ func (r *Reader) failAt(e *entry, off int64, err error) error {
 	return f
 }
 
+// stop ends what a failed Reader does no more.
+func (r *Reader) stop() {
+	if r.cur != nil {
+		r.cur.stop()
+	}
+	if r.at != nil {
+		r.at.close()
+	}
+}
+
+// packed yields the stored bytes of an entry.
+type packed struct {
+	r   *Reader
+	end int64     // offset of what comes after them
+	crc uint32    // of what was read
+	sum hash.Hash // the same, or nil
+	err error     // of the source
+}
+
+// Read implements io.Reader.
+func (in *packed) Read(p []byte) (int, error) {
+	if in.err != nil {
+		return 0, in.err
+	}
+	r := in.r
+	left := in.end - r.off
+	if left <= 0 {
+		return 0, io.EOF
+	}
+	n, err := r.br.Read(p[:min(int64(len(p)), left)])
+	r.off += int64(n)
+	in.crc = crc32.Update(in.crc, crc32.IEEETable, p[:n])
+	if in.sum != nil {
+		in.sum.Write(p[:n])
+	}
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	in.err = err
+	return n, err
+}
+
+// explain returns why err came of decoding in.
+func (in *packed) explain(err error) error {
+	switch {
+	case in.err != nil:
+		return in.err
+	case err == io.EOF || err == io.ErrUnexpectedEOF:
+		return because(ErrCorrupt, "they end too early")
+	}
+	return err
+}
+
+// inflater decodes deflate, RFC 1951.
+type inflater struct {
+	z  io.Reader
+	br *bufio.Reader
+}
+
+func newInflater(in *packed) *inflater {
+	br := bufio.NewReader(in)
+	return &inflater{flate.NewReader(br), br}
+}
+
+// Read implements io.Reader.
+func (i *inflater) Read(p []byte) (int, error) {
+	n, err := i.z.Read(p)
+	if e := flate.CorruptInputError(0); errors.As(err, &e) {
+		err = because(ErrCorrupt, "%w", err)
+	}
+	return n, err
+}
+
+// end returns nil if there is nothing more, neither decoded nor stored.
+func (i *inflater) end() error {
+	n, err := 0, error(nil)
+	for range 100 {
+		if n, err = i.Read(make([]byte, 1)); n > 0 || err != nil {
+			break
+		}
+	}
+	switch {
+	case n > 0:
+		return because(ErrCorrupt, "there is more than its size")
+	case err != io.EOF:
+		return err
+	}
+	if _, err = i.br.ReadByte(); err == nil {
+		return because(ErrCorrupt, "there is something after the compressed data")
+	}
+	if err == io.EOF {
+		err = nil
+	}
+	return err
+}
+
 // data is the content of an entry, read by the caller or drained by Next.
 type data struct {
-	r      *Reader
-	e      *entry
-	q      *Part
-	left   int64
-	crc    uint32
-	sha1   hash.Hash // nil if the manifest has none
-	sha256 hash.Hash // nil unless drained from the beginning
-	err    error     // once nothing is left
+	r          *Reader
+	e          *entry
+	q          *Part
+	sec        *section
+	start, end int64     // offsets of what is stored
+	left       int64     // bytes of the content still to be yielded
+	body       io.Reader // yields them; nil until the first Read
+	in         packed    // what body reads
+	some       bool      // only wanted is to be yielded
+	wanted     []ota.Range
+	crc        uint32    // of the content
+	sha1       hash.Hash // nil if the manifest has none
+	err        error     // once nothing is left
 }
 
 func newData(r *Reader, e *entry, q *Part) *data {
-	d := &data{r: r, e: e, q: q, left: e.size}
-	if q.SHA1 != nil {
+	return &data{r: r, e: e, q: q, sec: r.sections[q.Name], left: q.Size,
+		start: r.off, end: r.off + e.packed, in: packed{r: r, end: r.off + e.packed}}
+}
+
+// begin prepares the first Read.
+func (d *data) begin() error {
+	if d.q.SHA1 != nil && !d.some {
 		d.sha1 = sha1.New()
 	}
-	return d
+	switch {
+	case d.q.Storage != nil && d.q.Storage.Encoding == EncodingZstd:
+		f, err := newFrames(d, d.r.workers)
+		if err != nil {
+			return err
+		}
+		f.expect()
+		d.body = f
+		return nil
+	case d.some:
+		p := &picked{d, d.wanted}
+		p.expect()
+		d.body = p
+		return nil
+	case d.e.method == methodDeflate:
+		if d.q.Storage != nil {
+			d.in.sum = sha256.New()
+		}
+		d.body = newInflater(&d.in)
+	default:
+		d.body = &d.in
+	}
+	d.expect([]ota.Range{{Off: d.start, Len: d.end - d.start}})
+	return nil
 }
 
 // Read implements io.Reader.
@@ -484,21 +786,24 @@ func (d *data) Read(p []byte) (int, error) {
 	if err := d.r.src.ctx.Err(); err != nil {
 		return 0, d.r.fail(d.e, err)
 	}
-	n, err := d.r.br.Read(p[:min(int64(len(p)), d.left)])
-	d.r.off += int64(n)
+	if d.body == nil {
+		if err := d.begin(); err != nil {
+			return 0, d.r.fail(d.e, err)
+		}
+	}
+	n, err := d.body.Read(p[:min(int64(len(p)), d.left)])
 	d.left -= int64(n)
-	d.crc = crc32.Update(d.crc, crc32.IEEETable, p[:n])
+	if d.e.method == methodDeflate {
+		d.crc = crc32.Update(d.crc, crc32.IEEETable, p[:n])
+	}
 	if d.sha1 != nil {
 		d.sha1.Write(p[:n])
 	}
-	if d.sha256 != nil {
-		d.sha256.Write(p[:n])
-	}
-	if err != nil {
-		return n, d.r.fail(d.e, err)
-	}
 	if d.left > 0 {
-		return n, nil
+		if err != nil {
+			err = d.r.fail(d.e, d.in.explain(err))
+		}
+		return n, err
 	}
 	d.err = io.EOF
 	if err := d.finish(); err != nil {
@@ -508,33 +813,161 @@ func (d *data) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+// finish checks what can be when all was read.
 func (d *data) finish() error {
-	if err := d.r.finish(d.e, d.crc); err != nil {
+	if d.some {
+		d.stop()
+		return nil
+	}
+	crc := d.in.crc
+	if z, ok := d.body.(*inflater); ok {
+		if err := z.end(); err != nil {
+			return d.r.fail(d.e, d.in.explain(err))
+		}
+		crc = d.crc
+	}
+	if err := d.r.finish(d.e, crc); err != nil {
 		return err
 	}
-	if d.sha1 != nil && !bytes.Equal(d.sha1.Sum(nil), d.q.SHA1[:]) {
-		return d.r.fail(d.e, because(ErrDigest, "SHA-1 of part %s", ota.Quote(d.q.Name)))
+	d.end = d.r.off // behind the data descriptor
+	what := ""
+	switch st := d.q.Storage; {
+	case d.sha1 != nil && !bytes.Equal(d.sha1.Sum(nil), d.q.SHA1[:]):
+		what = "SHA-1"
+	case d.in.sum != nil && !bytes.Equal(d.in.sum.Sum(nil), st.SHA256[:]):
+		what = "SHA-256 of the stored bytes"
+	default:
+		return nil
 	}
-	if d.sha256 != nil && !bytes.Equal(d.sha256.Sum(nil), d.q.SHA256[:]) {
+	return d.r.fail(d.e, because(ErrDigest, "%s of part %s", what, ota.Quote(d.q.Name)))
+}
+
+// drain reads the rest, and checks all there is to check if it is everything.
+func (d *data) drain() error {
+	if d.left == 0 {
+		return nil
+	}
+	var c *checker
+	if d.body == nil && d.q.SHA256 != nil {
+		c = &checker{whole: sha256.New()}
+		if st := d.q.Storage; st != nil && st.Encoding == EncodingZstd {
+			d.in.sum = sha256.New()
+		}
+		if d.sec != nil && d.sec.chunks != nil {
+			c.chunk, c.chunks = sha256.New(), d.sec.chunks
+		}
+	}
+	if err := d.pour(c); err != nil || c == nil {
+		return err
+	}
+	if [32]byte(c.whole.Sum(nil)) != *d.q.SHA256 {
 		return d.r.fail(d.e, because(ErrDigest, "SHA-256 of part %s", ota.Quote(d.q.Name)))
+	}
+	if c.n > 0 {
+		c.end()
+	}
+	if c.bad > 0 {
+		return d.r.fail(d.e, because(ErrDigest, "SHA-256 of chunk %d of part %s", c.bad-1, ota.Quote(d.q.Name)))
 	}
 	return nil
 }
 
-// drain reads the rest.
-func (d *data) drain() error {
-	if d.left == d.e.size && d.q.SHA256 != nil {
-		d.sha256 = sha256.New()
-	}
-	if d.r.scratch == nil {
-		d.r.scratch = make([]byte, 32<<10)
-	}
-	for d.left > 0 {
-		if _, err := d.Read(d.r.scratch); err != nil {
-			return err
+// pour reads the rest into c, if not nil: while it reads, if it may.
+func (d *data) pour(c *checker) error {
+	r := d.r
+	for len(r.scratch) < 3 {
+		r.scratch = append(r.scratch, make([]byte, 64<<10))
+		if r.workers == 1 {
+			break
 		}
 	}
+	if c == nil || r.workers == 1 {
+		for d.left > 0 {
+			n, err := d.Read(r.scratch[0])
+			if err != nil {
+				return err
+			}
+			c.write(r.scratch[0][:n])
+		}
+		return nil
+	}
+	free, full := make(chan []byte, len(r.scratch)), make(chan []byte, len(r.scratch))
+	for _, b := range r.scratch {
+		free <- b
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer close(full)
+	wg.Go(func() {
+		for b := range full {
+			c.write(b)
+			free <- b[:cap(b)]
+		}
+	})
+	for d.left > 0 {
+		b := <-free
+		n, err := d.Read(b)
+		if err != nil {
+			return err
+		}
+		full <- b[:n]
+	}
 	return nil
+}
+
+// checker compares the content of a part with its digests.
+type checker struct {
+	whole  hash.Hash
+	chunk  hash.Hash
+	chunks *ota.Chunks // nil if there are none
+	next   int         // chunk that is being read
+	n      int64       // bytes of it
+	bad    int         // the first that is wrong, plus 1
+}
+
+// write adds p.
+func (c *checker) write(p []byte) {
+	if c == nil {
+		return
+	}
+	c.whole.Write(p)
+	for c.chunks != nil && len(p) > 0 {
+		k := min(int64(len(p)), c.chunks.Size-c.n)
+		c.chunk.Write(p[:k])
+		p = p[k:]
+		if c.n += k; c.n == c.chunks.Size {
+			c.end()
+		}
+	}
+}
+
+// end ends a chunk.
+func (c *checker) end() {
+	if c.bad == 0 && [32]byte(c.chunk.Sum(nil)) != c.chunks.SHA256[c.next] {
+		c.bad = c.next + 1
+	}
+	c.chunk.Reset()
+	c.next, c.n = c.next+1, 0
+}
+
+// stop ends goroutines, if there are any.
+func (d *data) stop() {
+	if f, ok := d.body.(*frames); ok {
+		f.stop()
+	}
+}
+
+// decoder returns the decoder of zstd, which it makes if there is none yet.
+func (r *Reader) decoder() (*decoder, error) {
+	if r.dec == nil {
+		z, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(max(r.workers, 1)), zstd.WithDecodeAllCapLimit(true), zstd.WithDecoderLowmem(true),
+			zstd.WithDecoderMaxWindow(uint64(max(r.maxFrame, 1<<10))), zstd.WithDecoderMaxMemory(uint64(r.maxFrame)))
+		if err != nil {
+			return nil, err
+		}
+		r.dec = &decoder{z: z}
+	}
+	return r.dec, nil
 }
 
 // fillDigest returns the SHA-256 of a fill part, whose digests it checks.

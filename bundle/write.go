@@ -46,31 +46,59 @@ type WriteOptions struct {
 	// slash. Bundles of the Mongoose OS build system have one, those of its
 	// bundle tool have none.
 	Dir string
+
+	// Pack says by name which parts are not to be stored as they are, or are
+	// to have chunks.
+	Pack map[string]Packing
+	// Scratch, if not nil, is used from its beginning to keep compressed parts
+	// until the manifest can be written, such as a temporary *os.File. Without
+	// it such parts are compressed twice.
+	Scratch Scratch
+	// Workers is how many frames are compressed at the same time; 0 means
+	// GOMAXPROCS, but at most 8. What is written does not depend on it. Each
+	// takes the memory of an encoder (from 2 MiB at level 3 to 40 MiB at level
+	// 10 and above, and more for windows above 4 MiB) and twice the frame.
+	Workers int
 }
 
-// Write writes the bundle that m describes to w: the manifest, then the files
-// of its parts, in their order. files maps Src of every part that has one to
-// its content. Size, SHA1 and SHA256 of these parts are computed; those in m
-// are neither used nor changed. Fill parts are written without digests.
+// Scratch is a place for data that are not needed for long.
+type Scratch interface {
+	io.ReaderAt
+	io.WriterAt
+}
+
+// The part that holds the index, as [Write] names it.
+const (
+	IndexPart = "ota-index"
+	indexFile = "ota.index"
+)
+
+// Write writes the bundle that m describes to w: the manifest, the index if
+// there is one, then the files of the parts, in their order. files maps Src of
+// every part that has one to its content. Size, SHA1, SHA256 and Storage of
+// these parts are computed, and so is the part of the index; those in m are
+// neither used nor changed. Fill parts are written without digests.
 //
 // The result depends on the arguments alone, and is laid out as by mos
-// create-fw-bundle (mongoose-os/mos, common/ourzip): stored, sizes in the
-// local headers, no times and attributes. What [Policy.Open] or genuine
-// devices would refuse is an error of type [*Error] before anything is
-// written. A file that changed between its two readings is one that wraps
+// create-fw-bundle (mongoose-os/mos, common/ourzip): sizes in the local headers,
+// no times and attributes, everything stored. If a part is compressed then so is
+// the manifest, as by its option --compress: devices of Mongoose OS then refuse
+// the bundle at its first byte. What [Policy.Open] or genuine devices would
+// refuse otherwise is an error of type [*Error] before anything is written. A
+// file that changed between its two readings is one that wraps
 // [ota.ErrChanged].
 func Write(ctx context.Context, w io.Writer, m *Manifest, files map[string]File, o *WriteOptions) error {
 	if o == nil {
 		o = &WriteOptions{}
 	}
-	b := &writer{ctx: ctx, w: w, dir: o.Dir}
+	b := &writer{ctx: ctx, w: w, dir: o.Dir, workers: defaultWorkers(o.Workers), scratch: o.Scratch}
 	if o.Dir != "" {
 		b.dir += "/"
 		if !plain(o.Dir, maxDir) {
 			return &Error{Entry: b.dir, Off: -1, Err: ErrName}
 		}
 	}
-	m, err := b.measure(m, files)
+	m, err := b.measure(m, files, o.Pack)
 	if err != nil {
 		return err
 	}
@@ -86,26 +114,22 @@ func Write(ctx context.Context, w io.Writer, m *Manifest, files map[string]File,
 		return &Error{Entry: ManifestName, Off: -1, Err: err}
 	}
 
-	first := entry{name: ManifestName, extra: extra, crc: crc32.ChecksumIEEE(text), size: int64(len(text))}
-	b.entries = slices.Insert(b.entries, 0, first)
+	first := item{data: text, entry: entry{name: ManifestName, extra: extra, crc: crc32.ChecksumIEEE(text), size: int64(len(text))}}
+	if b.compressed {
+		first.method, first.data = methodDeflate, deflated(text)
+	}
+	first.packed = int64(len(first.data))
+	b.items = slices.Insert(b.items, 0, first)
 	if err := b.layOut(); err != nil {
 		return err
 	}
-	for i := range b.entries {
-		e := &b.entries[i]
-		var f File = bytes.NewReader(text)
-		if i > 0 {
-			f = files[e.name]
-		}
+	for i := range b.items {
+		e := &b.items[i]
 		if err := b.write(e.raw); err != nil {
 			return err
 		}
-		sums, err := b.pass(w, f, e.name)
-		if err != nil {
+		if err := b.content(e); err != nil {
 			return err
-		}
-		if sums.crc != e.crc || sums.sha256 != e.sha256 && i > 0 {
-			return &Error{Entry: e.name, Off: -1, Err: ota.ErrChanged}
 		}
 	}
 	return b.write(b.directory())
@@ -113,64 +137,180 @@ func Write(ctx context.Context, w io.Writer, m *Manifest, files map[string]File,
 
 // writer is the state of one Write.
 type writer struct {
-	ctx     context.Context
-	w       io.Writer
-	dir     string
-	entries []entry
-	end     int64 // offset of the directory
+	ctx        context.Context
+	w          io.Writer
+	dir        string
+	workers    int
+	scratch    Scratch
+	kept       int64 // bytes in scratch
+	items      []item
+	compressed bool  // one of them is
+	end        int64 // offset of the directory
+}
+
+// item is an entry to be written.
+type item struct {
+	entry
+	data    []byte // what is stored, if not nil
+	file    File
+	sums    sums
+	packing Packing
+	storage *Storage // nil if file is stored as it is
+	kept    int64    // where it is in scratch, or -1
 }
 
 // measure returns m with the sizes and digests of files.
-func (b *writer) measure(m *Manifest, files map[string]File) (*Manifest, error) {
+func (b *writer) measure(m *Manifest, files map[string]File, pack map[string]Packing) (*Manifest, error) {
 	c := *m
-	c.Parts = slices.Clone(m.Parts)
+	c.Parts, c.Index = slices.Clone(m.Parts), ""
+	if m.Index != "" {
+		c.Parts = slices.DeleteFunc(c.Parts, func(p Part) bool { return p.Name == m.Index })
+	}
+	for name, k := range pack {
+		p := c.Part(name)
+		if p == nil || p.Src == "" {
+			return nil, &Error{Off: -1, Err: because(ErrManifest, "there is no part %s to be packed", ota.Quote(name))}
+		}
+		if err := k.check(); err != nil {
+			return nil, &Error{Entry: p.Src, Off: -1, Err: err}
+		}
+	}
 	used := map[string]bool{}
 	for i := range c.Parts {
 		p := &c.Parts[i]
-		if p.SHA1, p.SHA256 = nil, nil; p.Src == "" {
+		if p.SHA1, p.SHA256, p.Storage = nil, nil, nil; p.Src == "" {
 			continue
 		}
 		f := files[p.Src]
 		if f == nil {
 			return nil, &Error{Entry: p.Src, Off: -1, Err: ErrMissing}
 		}
-		if used[p.Src] = true; f.Size() > maxFileSize {
-			return nil, &Error{Entry: p.Src, Off: -1, Err: ErrTooLarge}
-		}
-		s, err := b.pass(io.Discard, f, p.Src)
-		if err != nil {
+		used[p.Src] = true
+		e := item{entry: entry{name: p.Src}, file: f, packing: pack[p.Name], storage: pack[p.Name].storage(f.Size()), kept: -1}
+		if err := b.measureOne(p, &e); err != nil {
 			return nil, err
 		}
-		p.Size, p.SHA1, p.SHA256 = f.Size(), &s.sha1, &s.sha256
-		b.entries = append(b.entries, entry{name: p.Src, crc: s.crc, size: p.Size, sha256: s.sha256})
+		b.items = append(b.items, e)
 	}
 	for name := range files {
 		if !used[name] {
 			return nil, &Error{Entry: name, Off: -1, Err: ErrExtraEntry}
 		}
 	}
-	return &c, nil
+	return &c, b.index(&c)
 }
 
-// sums are the checksums of a file.
-type sums struct {
-	crc    uint32
-	sha1   [20]byte
-	sha256 [32]byte
+// measureOne reads the file of p and fills in p and e.
+func (b *writer) measureOne(p *Part, e *item) (err error) {
+	p.Size = e.file.Size()
+	if p.Size > maxFileSize && (e.storage == nil || e.storage.Encoding != EncodingZstd) || p.Size > maxZstdSize {
+		return &Error{Entry: p.Src, Off: -1, Err: ErrTooLarge}
+	}
+	if e.storage != nil && p.Size > 0 { // what the manifest will say, before the work
+		q := *p
+		q.SHA256 = new([32]byte)
+		s := *e.storage
+		s.Size = 1
+		if err := s.check(&q); err != nil {
+			return &Error{Entry: p.Src, Off: -1, Err: err}
+		}
+	}
+	w := io.Discard
+	if e.storage != nil && e.storage.Encoding != EncodingNone && b.scratch != nil {
+		e.kept = b.kept
+		w = &at{b.scratch, b.kept}
+	}
+	if e.sums, err = b.pass(w, e); err != nil {
+		return err
+	}
+	if e.kept >= 0 {
+		b.kept += e.sums.stored
+	}
+	p.SHA256 = &e.sums.sha256
+	e.crc, e.packed, e.size = e.sums.crc, e.sums.stored, p.Size
+	switch s := e.storage; {
+	case s == nil || s.Encoding == EncodingNone:
+		p.SHA1 = &e.sums.sha1
+	case s.Encoding == EncodingDeflate:
+		p.SHA1 = &e.sums.sha1
+		e.method, b.compressed = methodDeflate, true
+	default:
+		e.size, b.compressed = e.packed, true
+	}
+	if e.packed > maxFileSize {
+		return &Error{Entry: p.Src, Off: -1, Err: because(ErrTooLarge, "%d bytes, compressed", e.packed)}
+	}
+	if s := e.storage; s != nil {
+		if s.Encoding != EncodingNone {
+			s.Size, s.SHA256 = e.packed, e.sums.digest
+		}
+		if s.indexed() {
+			s.Section = sha256.Sum256(e.sums.sec.bytes())
+		}
+		p.Storage = s
+	}
+	return nil
 }
 
-// pass copies f to w.
-func (b *writer) pass(w io.Writer, f File, name string) (s sums, err error) {
-	crc, h1, h256 := crc32.NewIEEE(), sha1.New(), sha256.New()
-	src := &source{ctx: b.ctx, r: io.NewSectionReader(f, 0, f.Size())}
-	n, err := io.CopyBuffer(io.MultiWriter(w, crc, h1, h256), src, make([]byte, 32<<10))
-	if err == nil && n != f.Size() {
-		err = io.ErrUnexpectedEOF
+// index adds the index to m and to what is to be written, if there must be one.
+func (b *writer) index(m *Manifest) error {
+	parts := m.indexed()
+	if len(parts) == 0 {
+		return nil
+	}
+	data := indexHeader(len(parts))
+	for _, p := range parts {
+		i := slices.IndexFunc(b.items, func(e item) bool { return e.name == p.Src })
+		data = append(data, b.items[i].sums.sec.bytes()...)
+		b.items[i].sums.sec = section{}
+	}
+	if len(data) > maxIndex {
+		return &Error{Entry: indexFile, Off: -1, Err: because(ErrTooLarge, "%d bytes of digests", len(data))}
+	}
+	h1, h256 := sha1.Sum(data), sha256.Sum256(data)
+	m.Index = IndexPart
+	m.Parts = append(m.Parts, Part{Name: IndexPart, Src: indexFile, Size: int64(len(data)), SHA1: &h1, SHA256: &h256, NoUpdate: true})
+	n := int64(len(data))
+	e := item{data: data, entry: entry{name: indexFile, crc: crc32.ChecksumIEEE(data), size: n}}
+	if z := deflated(data); b.compressed && len(z) < len(data) { // digests of equal chunks
+		e.data, e.method = z, methodDeflate
+	}
+	e.packed = int64(len(e.data))
+	b.items = slices.Insert(b.items, 0, e)
+	return nil
+}
+
+// pass reads the file of e and writes to w what is to be stored.
+func (b *writer) pass(w io.Writer, e *item) (sums, error) {
+	st := e.storage
+	if st == nil {
+		st = &Storage{}
+	}
+	return b.encode(w, e.file, st, e.packing, e.name)
+}
+
+// content writes what e stores.
+func (b *writer) content(e *item) error {
+	if e.data != nil {
+		return b.write(e.data)
+	}
+	if e.kept < 0 {
+		s, err := b.pass(b.w, e)
+		if err == nil && (s.digest != e.sums.digest || s.stored != e.packed || s.sha256 != e.sums.sha256) {
+			err = &Error{Entry: e.name, Off: -1, Err: ota.ErrChanged}
+		}
+		return err
+	}
+	crc := crc32.NewIEEE()
+	src := &source{ctx: b.ctx, r: io.NewSectionReader(b.scratch, e.kept, e.packed)}
+	n, err := io.CopyBuffer(io.MultiWriter(b.w, crc), src, make([]byte, 256<<10))
+	if err == nil && (n != e.packed || crc.Sum32() != e.sums.kept) {
+		err = ota.ErrChanged
 	}
 	if err != nil {
-		return s, &Error{Entry: name, Off: -1, Err: err}
+		return &Error{Entry: e.name, Off: -1, Err: err}
 	}
-	return sums{crc.Sum32(), [20]byte(h1.Sum(nil)), [32]byte(h256.Sum(nil))}, nil
+	return nil
 }
 
 // text returns the manifest as it is written, which is one that can be read.
@@ -254,14 +394,16 @@ func (o *WriteOptions) extra(manifest []byte) ([]byte, error) {
 
 // layOut makes the local headers and finds where everything goes.
 func (b *writer) layOut() error {
-	for i := range b.entries {
-		e := &b.entries[i]
+	for i := range b.items {
+		e := &b.items[i]
 		name := b.dir + e.name
 		h := le.AppendUint32(nil, sigLocal)
-		h = le.AppendUint16(h, 20)          // version needed
-		h = append(h, make([]byte, 2*4)...) // flags, method, time, date
+		h = le.AppendUint16(h, 20) // version needed
+		h = le.AppendUint16(h, 0)  // flags
+		h = le.AppendUint16(h, e.method)
+		h = le.AppendUint32(h, 0) // time and date
 		h = le.AppendUint32(h, e.crc)
-		h = le.AppendUint32(h, uint32(e.size))
+		h = le.AppendUint32(h, uint32(e.packed))
 		h = le.AppendUint32(h, uint32(e.size))
 		h = le.AppendUint16(h, uint16(len(name)))
 		h = le.AppendUint16(h, uint16(len(e.extra)))
@@ -270,7 +412,7 @@ func (b *writer) layOut() error {
 		if lenCentral-lenLocal+len(e.raw) > maxCentral {
 			return &Error{Entry: e.name, Off: -1, Err: ErrHeaderTooLong}
 		}
-		b.end += int64(len(e.raw)) + e.size
+		b.end += int64(len(e.raw)) + e.packed
 	}
 	if b.end > math.MaxUint32-MaxParts*maxCentral {
 		return &Error{Off: -1, Err: ErrTooLarge}
@@ -281,7 +423,7 @@ func (b *writer) layOut() error {
 // directory returns the directory and the end record.
 func (b *writer) directory() []byte {
 	var d []byte
-	for _, e := range b.entries {
+	for _, e := range b.items {
 		d = le.AppendUint32(d, sigCentral)
 		d = le.AppendUint16(d, madeBy)
 		d = append(d, e.raw[sharedLocal:sharedLocal+lenShared]...)
@@ -292,8 +434,8 @@ func (b *writer) directory() []byte {
 	n := len(d)
 	d = le.AppendUint32(d, sigEnd)
 	d = le.AppendUint32(d, 0) // volumes
-	d = le.AppendUint16(d, uint16(len(b.entries)))
-	d = le.AppendUint16(d, uint16(len(b.entries)))
+	d = le.AppendUint16(d, uint16(len(b.items)))
+	d = le.AppendUint16(d, uint16(len(b.items)))
 	d = le.AppendUint32(d, uint32(n))
 	d = le.AppendUint32(d, uint32(b.end))
 	return le.AppendUint16(d, 0) // comment

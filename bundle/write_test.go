@@ -101,7 +101,7 @@ func TestWriteAndRead(t *testing.T) {
 			{Name: "a", Src: "a.bin", Type: "app", NoUpdate: true},
 			{Name: "f", Size: 5, Fill: &fill},
 		},
-		Extra: map[string]json.RawMessage{"ota": []byte(`{"later":true,"security":3}`)},
+		Extra: map[string]json.RawMessage{"ota": []byte(`{"x-later":true,"security":3}`)},
 	}
 	files := map[string]bundle.File{"z.bin": strings.NewReader("zzz"), "a.bin": strings.NewReader("aaa")}
 	o := &bundle.WriteOptions{Keys: []crypto.Signer{k0, k1}, Dir: "app-1.0+x"}
@@ -121,7 +121,7 @@ func TestWriteAndRead(t *testing.T) {
 	require.Len(t, b.Info().SignedBy, 2)
 	require.Equal(t, uint64(7), b.Info().Security)
 	require.Equal(t, uint64(7), b.Manifest().Security)
-	require.JSONEq(t, `{"later":true,"security":7}`, string(b.Manifest().Extra["ota"]))
+	require.JSONEq(t, `{"x-later":true,"security":7}`, string(b.Manifest().Extra["ota"]))
 	require.Equal(t, m.Name, b.Info().Name)
 	require.Equal(t, "a", b.Manifest().Parts[0].Name, "sorted, as the genuine writer does")
 	require.JSONEq(t, `{"x":[1,2]}`, string(b.Manifest().Part("z").Extra["own"]))
@@ -138,11 +138,11 @@ func TestWriteAndRead(t *testing.T) {
 // Security is what counts, also if it is lowered to 0.
 func TestSecurityLowered(t *testing.T) {
 	for own, want := range map[string]string{
-		`{"security":3}`:                       "",
-		`{"later":[1],"security":3,"also":{}}`: `{"later":[1],"also":{}}`,
-		`{"security":0}`:                       "",
-		`{"later":true}`:                       `{"later":true}`,
-		`{}`:                                   `{}`,
+		`{"security":3}`: "",
+		`{"x-later":[1],"security":3,"x-also":{}}`: `{"x-later":[1],"x-also":{}}`,
+		`{"security":0}`:   "",
+		`{"x-later":true}`: `{"x-later":true}`,
+		`{}`:               "",
 	} {
 		m, err := bundle.ParseManifest([]byte(`{"parts":{"a":{"size":1,"fill":0}},"ota":` + own + `}`))
 		require.NoError(t, err)

@@ -20,6 +20,8 @@ const (
 	lenLocal   = 30
 	lenCentral = 46
 	lenEnd     = 22
+	// The longest data descriptor that is accepted.
+	lenDescriptor = 16
 
 	// The fields from "version needed" to "extra field length" have the same
 	// layout in local headers and in the directory, at these offsets.
@@ -30,6 +32,9 @@ const (
 	flagStrong     = 1 << 6
 	flagUTF8       = 1 << 11
 	flagMasked     = 1 << 13
+
+	methodStored  = 0
+	methodDeflate = 8
 )
 
 var le = binary.LittleEndian
@@ -42,9 +47,10 @@ type entry struct {
 	dir        string // the leading directory with its slash, or ""
 	extra      []byte
 	crc        uint32
-	size       int64
+	packed     int64 // bytes in the archive
+	size       int64 // of them, once inflated
+	method     uint16
 	descriptor bool
-	sha256     [32]byte // when writing
 }
 
 // parseLocal reads a local header; raw is all of it.
@@ -60,7 +66,7 @@ func parseLocal(raw []byte, off int64) (*entry, error) {
 
 	need, flags, method := le.Uint16(raw[4:]), le.Uint16(raw[6:]), le.Uint16(raw[8:])
 	packed, size := le.Uint32(raw[18:]), le.Uint32(raw[22:])
-	e.size = int64(size)
+	e.packed, e.size, e.method = int64(packed), int64(size), method
 	e.descriptor = flags&flagDescriptor != 0
 	switch {
 	case strings.HasPrefix(full, "__MACOSX/"):
@@ -73,7 +79,7 @@ func parseLocal(raw []byte, off int64) (*entry, error) {
 		return e, ErrZip64
 	case e.descriptor && (packed == 0 || size == 0):
 		return e, ErrStreamed
-	case method != 0:
+	case method != methodStored && method != methodDeflate:
 		return e, because(ErrCompressed, "method %d", method)
 	case flags&^(flagDescriptor|flagUTF8) != 0:
 		return e, because(ErrFormat, "flags %#04x", flags)
@@ -81,9 +87,9 @@ func parseLocal(raw []byte, off int64) (*entry, error) {
 		return e, ErrZip64
 	case need > 20:
 		return e, because(ErrFormat, "version %d.%d is needed", need/10, need%10)
-	case packed != size:
+	case method == methodStored && packed != size:
 		return e, because(ErrFormat, "sizes %d and %d of a stored entry", packed, size)
-	case size == 0:
+	case size == 0 || packed == 0:
 		return e, because(ErrFormat, "the entry is empty")
 	case len(e.name) > MaxName:
 		return e, because(ErrName, "longer than %d bytes", MaxName)
@@ -155,11 +161,11 @@ func checkEnd(raw []byte, entries int, dir, dirSize int64) error {
 // checkDescriptor returns the length of the data descriptor that b begins
 // with. The one with a signature goes first: the other could only be taken
 // for it if the next record began with its own size.
-func checkDescriptor(b []byte, crc uint32, size int64) (int, error) {
+func checkDescriptor(b []byte, crc uint32, e *entry) (int, error) {
 	want := le.AppendUint32(nil, sigDescriptor)
 	want = le.AppendUint32(want, crc)
-	want = le.AppendUint32(want, uint32(size))
-	want = le.AppendUint32(want, uint32(size))
+	want = le.AppendUint32(want, uint32(e.packed))
+	want = le.AppendUint32(want, uint32(e.size))
 	if bytes.HasPrefix(b, want) {
 		return len(want), nil
 	}

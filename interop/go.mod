@@ -26,6 +26,7 @@ require (
 	github.com/google/go-cmp v0.7.0 // indirect
 	github.com/googleapis/gax-go/v2 v2.1.0 // indirect
 	github.com/juju/errors v0.0.0-20200330140219-3fe23663418f // indirect
+	github.com/klauspost/compress v1.20.3 // indirect
 	go.bug.st/serial v1.8.0 // indirect
 	go.opencensus.io v0.23.0 // indirect
 	go.yaml.in/yaml/v3 v3.0.5 // indirect

@@ -127,22 +127,50 @@ func TestReadGenuineSigned(t *testing.T) {
 	require.ErrorIs(t, err, bundle.ErrSignature)
 }
 
-// Devices of the original refuse compressed bundles, and so do we: in words that
-// say what to do.
-func TestCompressedRefused(t *testing.T) {
-	p := &bundle.Policy{AllowUnsigned: true}
-	recordedZip, err := os.ReadFile(recorded(t, "compressed.zip"))
-	require.NoError(t, err)
-	for _, b := range [][]byte{zipOf(t, "demo", "esp32", 5000, nil, true), recordedZip} {
-		_, err := p.Verify(t.Context(), bytes.NewReader(b))
-		require.ErrorIs(t, err, bundle.ErrCompressed)
-		require.ErrorContains(t, err, "use the original file")
-		var e *bundle.Error
-		require.ErrorAs(t, err, &e)
-		code, text := e.MongooseCode()
-		require.Equal(t, -1, code)
-		require.Equal(t, "Compressed ZIP files are not supported", text)
+// What the genuine writer compresses we read, and the other way round. Devices of
+// the original refuse it: at the first header, whose sizes differ.
+func TestCompressed(t *testing.T) {
+	b := zipOf(t, "demo", "esp32", 5000, nil, true)
+	f := genuine(t, b)
+	_, parts := readAll(t, &bundle.Policy{AllowUnsigned: true}, b)
+	require.Equal(t, []string{"app", "fs", "nvs"}, slices.Sorted(maps.Keys(parts)))
+	for name, got := range parts {
+		want, err := f.GetPartData(name)
+		require.NoError(t, err)
+		require.Equal(t, want, got, name)
 	}
+
+	m := &bundle.Manifest{Name: "n", Platform: "esp32", Version: "1", BuildID: "b", Parts: []bundle.Part{{Name: "app", Src: "app.bin"}, {Name: "fs", Src: "fs.img"}}}
+	app, fs := bytes.Repeat([]byte("application "), 5000), make([]byte, 100000)
+	files := map[string]bundle.File{"app.bin": bytes.NewReader(app), "fs.img": bytes.NewReader(fs)}
+	for _, chunk := range []int64{0, 4096} {
+		for _, encoding := range []bundle.Encoding{bundle.EncodingNone, bundle.EncodingDeflate} {
+			var out bytes.Buffer
+			o := &bundle.WriteOptions{Pack: map[string]bundle.Packing{"app": {Encoding: encoding, Chunk: chunk}, "fs": {Chunk: chunk}}}
+			require.NoError(t, bundle.Write(t.Context(), &out, m, files, o))
+			f := genuine(t, out.Bytes())
+			for name, want := range map[string][]byte{"app": app, "fs": fs} {
+				got, err := f.GetPartData(name)
+				require.NoError(t, err)
+				require.Equal(t, want, got, name)
+			}
+			h := out.Bytes()[:30]
+			compressed := encoding != bundle.EncodingNone
+			require.Equal(t, compressed, h[8] != 0, "method of the first entry")
+			require.Equal(t, compressed, !bytes.Equal(h[18:22], h[22:26]), "its sizes differ")
+		}
+	}
+	// The genuine reader looks at no encoding of ours: the digest is that of what is installed.
+	var out bytes.Buffer
+	o := &bundle.WriteOptions{Pack: map[string]bundle.Packing{"app": {Encoding: bundle.EncodingZstd}}}
+	require.NoError(t, bundle.Write(t.Context(), &out, m, files, o))
+	require.NotZero(t, out.Bytes()[8])
+	odd := genuine(t, out.Bytes())
+	_, err := odd.GetPartData("app")
+	require.ErrorContains(t, err, "checksum")
+	got, err := odd.GetPartData("fs")
+	require.NoError(t, err)
+	require.Equal(t, fs, got)
 }
 
 // What the genuine reader and writer make of the recorded bundles is what we
