@@ -3,6 +3,7 @@ module github.com/slotota/ota
 go 1.25.0
 
 require (
+	github.com/coder/websocket v1.8.15
 	github.com/klauspost/compress v1.20.3
 	github.com/stretchr/testify v1.12.1
 	go.bug.st/serial v1.8.0
