@@ -56,12 +56,11 @@ func Connect(ctx context.Context, srv *rpcjson.Server, rawURL string, o *Connect
 	if err != nil {
 		return err
 	}
-	defer d.transport.CloseIdleConnections()
 	log := opts.Serve.Logger
 	b := link.Backoff{Min: opts.MinDelay, Max: opts.MaxDelay}
 	for {
 		begun := time.Now()
-		c, err := d.dial(ctx)
+		c, _, err := d.dial(ctx)
 		if err == nil {
 			log.Info("websocket connected", "server", d.host)
 			s := &session{

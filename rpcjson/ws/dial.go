@@ -103,19 +103,34 @@ func newDialer(rawURL string, o *DialOptions, subprotocol string) (*dialer, erro
 }
 
 // dial connects. An error of type *rpcjson.Error is what the server answered.
-func (d *dialer) dial(ctx context.Context) (*websocket.Conn, error) {
+func (d *dialer) dial(ctx context.Context) (*websocket.Conn, *coalescer, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
-	c, res, err := websocket.Dial(ctx, d.url, &d.options)
+	var raw *coalescer
+	transport := d.transport.Clone()
+	transport.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		c, err := d.transport.DialContext(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		raw = newCoalescer(c)
+		return raw, nil
+	}
+	defer transport.CloseIdleConnections()
+	client := *d.options.HTTPClient
+	client.Transport = transport
+	o := d.options
+	o.HTTPClient = &client
+	c, res, err := websocket.Dial(ctx, d.url, &o)
 	if err == nil {
-		return c, nil
+		return c, raw, nil
 	}
 	if res == nil || res.StatusCode == http.StatusSwitchingProtocols {
 		var ue *url.Error
 		if errors.As(err, &ue) {
 			err = ue.Err
 		}
-		return nil, err
+		return nil, nil, err
 	}
 	e := &rpcjson.Error{Code: res.StatusCode, Message: "HTTP status " + res.Status}
 	var body []byte
@@ -132,7 +147,7 @@ func (d *dialer) dial(ctx context.Context) (*websocket.Conn, error) {
 	case text != "":
 		e.Message += ": " + ota.Quote(text)
 	}
-	return nil, e
+	return nil, nil, e
 }
 
 // Channel carries the calls of a [rpcjson.Client] over one connection, which it
@@ -164,6 +179,7 @@ func Dial(_ context.Context, rawURL string, o *DialOptions) (*Channel, error) {
 // clientConn is a connection that calls go over.
 type clientConn struct {
 	c      *websocket.Conn
+	raw    *coalescer
 	cancel context.CancelFunc
 	calls  link.Calls
 	busy   atomic.Int32 // calls being written
@@ -237,11 +253,11 @@ func (ch *Channel) connection(ctx context.Context) (*clientConn, error) {
 	if cc, err := ch.current(); cc != nil || err != nil {
 		return cc, err // another call has opened it
 	}
-	c, err := ch.d.dial(ctx)
+	c, raw, err := ch.d.dial(ctx)
 	if err != nil {
 		return nil, err
 	}
-	cc := &clientConn{c: c}
+	cc := &clientConn{c: c, raw: raw}
 	ch.mu.Lock()
 	defer ch.mu.Unlock()
 	if ch.closed {
@@ -272,7 +288,7 @@ func (ch *Channel) current() (*clientConn, error) {
 
 // RoundTrip implements [rpcjson.Channel].
 func (ch *Channel) RoundTrip(ctx context.Context, frame []byte, max int) ([]byte, error) {
-	h, err := rpcjson.ParseHeader(frame)
+	id, err := link.ID(frame)
 	if err != nil {
 		return nil, err
 	}
@@ -281,13 +297,17 @@ func (ch *Channel) RoundTrip(ctx context.Context, frame []byte, max int) ([]byte
 		return nil, err
 	}
 	cc.c.SetReadLimit(int64(max))
-	reply, err := cc.calls.Add(h.ID)
+	reply, err := cc.calls.Add(id)
 	if err != nil {
 		return nil, err
 	}
-	defer cc.calls.Remove(h.ID)
+	defer cc.calls.Remove(id)
 	cc.busy.Add(1)
+	cc.raw.hold()
 	err = cc.c.Write(ctx, websocket.MessageText, frame)
+	if e := cc.raw.release(ctx); err == nil {
+		err = e
+	}
 	cc.busy.Add(-1)
 	if err != nil {
 		cc.calls.Fail(fmt.Errorf("websocket: %w", err)) // part of it may be on its way
@@ -316,6 +336,5 @@ func (ch *Channel) Close() error {
 		closeConn(cc.c, cc.cancel, websocket.StatusNormalClosure, "")
 		cc.wg.Wait()
 	}
-	ch.d.transport.CloseIdleConnections()
 	return nil
 }
