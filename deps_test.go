@@ -20,6 +20,8 @@ func TestImports(t *testing.T) {
 		self + "/bundle/trust":   {"golang.org/x/mod/sumdb/note"},
 		self + "/rpcjson/serial": {"go.bug.st/serial"},
 		self + "/bundle":         {"github.com/klauspost/compress/zstd", "golang.org/x/mod/sumdb/note"},
+		self + "/rpcjson/ws":     {"github.com/coder/websocket"},
+		self + "/rpcjson/mqtt":   {"github.com/eclipse/paho.mqtt.golang"},
 	}
 	out, err := exec.Command("go", "list", "-deps", "-f",
 		`{{if not .Standard}}{{.ImportPath}}{{range .Imports}} {{.}}{{end}}{{end}}`, "./...").Output()

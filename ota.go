@@ -916,6 +916,9 @@ func (d *Device) counted() Counts {
 	d.mu.Lock()
 	c := d.counts
 	d.mu.Unlock()
+	if c == nil {
+		return Counts{}
+	}
 	return c.sum()
 }
 

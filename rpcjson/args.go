@@ -43,7 +43,20 @@ type Args struct {
 	tok   token
 	depth int
 	err   error
+
+	all     []argument // in the order they came
+	allErr  error      // what ended them early
+	scanned bool
 }
+
+// argument is one of Args.
+type argument struct {
+	name []byte
+	val  token
+}
+
+// maxRemembered bounds the arguments that are not looked for all over again.
+const maxRemembered = 16
 
 // parseParams reads parameters that stand alone: any JSON value, or nothing. As in
 // a frame, an object may lack its last brace.
@@ -77,7 +90,6 @@ func (a *Args) fail(name, want string, got []byte) {
 // find returns the value of the named argument; its kind is kindNone if there is
 // none.
 func (a *Args) find(name string) token {
-	var found token
 	switch a.tok.kind {
 	case kindNone, kindNull:
 		return token{}
@@ -91,17 +103,35 @@ func (a *Args) find(name string) token {
 		return token{}
 	case kindObject:
 	}
-	err := members(a.tok.raw, a.depth, func(key []byte, v token) {
+	if !a.scanned {
+		// Once only: a chunk of firmware is long.
+		a.scanned = true
+		a.allErr = members(a.tok.raw, a.depth, func(key []byte, v token) {
+			if len(a.all) <= maxRemembered {
+				a.all = append(a.all, argument{key, v})
+			}
+		})
+	}
+	if !harmless(a.allErr) { // what is missing might be what is looked for
+		if a.err == nil {
+			a.err = &ArgError{"", "well-formed arguments", "an error at " + a.allErr.Error()}
+		}
+		return token{}
+	}
+	var found token // the last one of the name
+	if len(a.all) <= maxRemembered {
+		for _, g := range a.all {
+			if string(g.name) == name {
+				found = g.val
+			}
+		}
+		return found
+	}
+	_ = members(a.tok.raw, a.depth, func(key []byte, v token) {
 		if string(key) == name {
 			found = v
 		}
 	})
-	if !harmless(err) { // what is missing might be what is looked for
-		if a.err == nil {
-			a.err = &ArgError{"", "well-formed arguments", "an error at " + err.Error()}
-		}
-		return token{}
-	}
 	return found
 }
 

@@ -46,6 +46,13 @@ type Channel interface {
 	Close() error
 }
 
+// Addresser is a [Channel] that knows who talks to whom; its addresses become the
+// src and dst of each request, instead of "ota" and none. Over MQTT the src says
+// where the reply goes.
+type Addresser interface {
+	Addresses() (src, dst string)
+}
+
 // ClientOptions configure a Client. The zero value is safe.
 type ClientOptions struct {
 	// Token is sent as HTTP bearer token (RFC 6750). Over plain http whoever
@@ -202,6 +209,9 @@ const bigFrame = 1 << 10
 func (c *Client) authenticated(ctx context.Context, method string, params any) (json.RawMessage, error) {
 	// The largest id that every client and device takes for a number.
 	req := request{Src: "ota", ID: rand.Int64N(1<<40) + 1<<40, Method: method, Params: params}
+	if a, ok := c.ch.(Addresser); ok {
+		req.Src, req.Dst = a.Addresses()
+	}
 	if c.o.CompatArgs {
 		req.Params, req.Args = nil, params
 	}
@@ -210,7 +220,7 @@ func (c *Client) authenticated(ctx context.Context, method string, params any) (
 		return nil, err
 	}
 	if c.asks.Load() && len(frame) > bigFrame {
-		ping := request{Src: "ota", ID: rand.Int64N(1<<40) + 1<<40, Method: "RPC.Ping"}
+		ping := request{Src: req.Src, Dst: req.Dst, ID: rand.Int64N(1<<40) + 1<<40, Method: "RPC.Ping"}
 		b, err := ping.encode()
 		if err != nil {
 			return nil, err
@@ -288,6 +298,7 @@ func (c *Client) prove(err error) *frameAuth {
 // request is a frame with its members in the order of mos.
 type request struct {
 	Src    string     `json:"src"`
+	Dst    string     `json:"dst,omitempty"`
 	ID     int64      `json:"id"`
 	Method string     `json:"method"`
 	Params any        `json:"params,omitempty"`

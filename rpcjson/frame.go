@@ -51,6 +51,7 @@ type frame struct {
 	// original would run the method without them. broken says that the frame
 	// is, so that there may have been parameters.
 	paramsErr, broken error
+	reply             bool // has a result or an error
 }
 
 // parseFrame decodes a request (mongoose-os-libs/rpc-common, src/mg_rpc.c). The
@@ -80,7 +81,9 @@ func parseFrame(b []byte, depth int) (frame, error) {
 			args = v
 		case "auth":
 			f.auth = v.raw
-		case "v", "result", "error":
+		case "v":
+		case "result", "error":
+			f.reply = true
 		default:
 			k = false
 		}

@@ -87,7 +87,7 @@ func (d *deviceFlags) dial(ctx context.Context, e *env) (*device, error) {
 // credentials fills in what the device is to be shown, and returns its URL without.
 func (d *deviceFlags) credentials(e *env, target string, o *rpcjson.ClientOptions) (string, error) {
 	u, err := url.Parse(target)
-	if err == nil && u.User != nil {
+	if err == nil && u.User != nil && u.Scheme != "mqtt" && u.Scheme != "mqtts" { // there they are for the broker
 		if d.user != "" {
 			return "", usagef("-user, and a user in the URL")
 		}

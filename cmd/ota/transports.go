@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"net"
 	"net/http"
@@ -10,7 +11,9 @@ import (
 
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/rpcjson"
+	"github.com/slotota/ota/rpcjson/mqtt"
 	"github.com/slotota/ota/rpcjson/serial"
+	"github.com/slotota/ota/rpcjson/ws"
 )
 
 // dialers are the transports to a device that package rpcjson does not have
@@ -18,11 +21,40 @@ import (
 func dialers() map[string]rpcjson.Dialer {
 	return map[string]rpcjson.Dialer{
 		"serial": serial.Dial,
+		"ws":     dialWS,
+		"wss":    dialWS,
+		"mqtt":   dialMQTT,
+		"mqtts":  dialMQTT,
 	}
 }
 
+func dialWS(ctx context.Context, u *url.URL, o *rpcjson.ClientOptions) (rpcjson.Channel, error) {
+	ch, err := ws.Dial(ctx, u.String(), &ws.DialOptions{Token: o.Token, TLS: tlsOf(o)})
+	if err != nil {
+		return nil, err
+	}
+	return ch, nil
+}
+
+// dialMQTT leaves the credentials in the URL: they are for the broker.
+func dialMQTT(ctx context.Context, u *url.URL, o *rpcjson.ClientOptions) (rpcjson.Channel, error) {
+	ch, err := mqtt.Dial(ctx, u.String(), &mqtt.DialOptions{TLS: tlsOf(o)})
+	if err != nil {
+		return nil, err
+	}
+	return ch, nil
+}
+
+// tlsOf returns what -ca and -cert say, nil if they are not given.
+func tlsOf(o *rpcjson.ClientOptions) *tls.Config {
+	if o.HTTPClient == nil {
+		return nil
+	}
+	return o.HTTPClient.Transport.(*http.Transport).TLSClientConfig
+}
+
 // deviceURLs are the URLs that name a device, for people.
-const deviceURLs = "http://HOST[:PORT], https://HOST, tcp://HOST:PORT, udp://HOST:PORT, serial:///dev/PORT[?baud=N], unix:///PATH (HTTP), rpc+unix:///PATH"
+const deviceURLs = "http://HOST[:PORT], https://HOST, ws://HOST, wss://HOST, mqtt://[USER:PASSWORD@]BROKER/ID, mqtts://BROKER/ID, tcp://HOST:PORT, udp://HOST:PORT, serial:///dev/PORT[?baud=N], unix:///PATH (HTTP), rpc+unix:///PATH"
 
 // service is a place where a simulated device can be reached.
 type service struct {
@@ -101,8 +133,10 @@ func listen(ctx context.Context, u *url.URL) (*service, error) {
 		s.serve = func(ctx context.Context, srv *rpcjson.Server) error { return srv.ServeListener(ctx, l, nil) }
 		if u.Scheme == "http" || u.Scheme == "unix" {
 			s.serve = func(ctx context.Context, srv *rpcjson.Server) error {
+				h := ws.NewHandler(srv, nil)
+				defer h.Close()
 				mux := http.NewServeMux()
-				mux.Handle("/", srv)
+				mux.Handle("/", h)
 				mux.Handle("/update", srv.UpdateHandler())
 				mux.Handle("/update/", srv.UpdateHandler())
 				web := rpcjson.NewHTTPServer(mux)

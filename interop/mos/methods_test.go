@@ -149,8 +149,6 @@ func TestUpdateByURL(t *testing.T) {
 
 	_, err := d.call("OTA.Update", update("k0.pub.pem", ""))
 	require.ErrorContains(t, err, "remote error -1: ")
-	_, err = d.call("OTA.Update", update("compressed.zip", ""))
-	require.ErrorContains(t, err, "remote error -1: ")
 	_, err = d.call("OTA.Update", update("nofs.zip", ""))
 	require.ErrorContains(t, err, "remote error -1: ")
 	_, err = d.call("OTA.Update", update("none.zip", ""))

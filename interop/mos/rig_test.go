@@ -34,7 +34,7 @@ import (
 )
 
 const (
-	deadline = 20 * time.Second // of every wait for what happens by itself
+	deadline = 60 * time.Second // of every wait for what happens by itself
 	poll     = 5 * time.Millisecond
 )
 

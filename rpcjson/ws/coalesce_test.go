@@ -1,0 +1,77 @@
+package ws
+
+import (
+	"context"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// pieces reads what comes, write by write.
+func pieces(c net.Conn) <-chan string {
+	got := make(chan string, 100)
+	go func() {
+		defer close(got)
+		b := make([]byte, 2*coalesced)
+		for {
+			n, err := c.Read(b)
+			if err != nil {
+				return
+			}
+			got <- string(b[:n])
+		}
+	}()
+	return got
+}
+
+func TestCoalescer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := net.Pipe()
+		got := pieces(b)
+		c := newCoalescer(a)
+		write := func(s string) {
+			n, err := io.WriteString(c, s)
+			require.NoError(t, err)
+			require.Equal(t, len(s), n)
+		}
+		write("at once")
+		require.Equal(t, "at once", <-got)
+		c.hold()
+		c.hold()
+		write("one ")
+		write("two")
+		synctest.Wait()
+		require.Empty(t, got)
+		require.NoError(t, c.release(t.Context()))
+		require.Equal(t, "one two", <-got)
+		write("three")
+		require.NoError(t, c.release(t.Context()))
+		require.Equal(t, "three", <-got)
+		// No more than that is held back.
+		c.hold()
+		write("x")
+		write(strings.Repeat("y", coalesced))
+		require.Equal(t, "x", <-got)
+		require.Equal(t, strings.Repeat("y", coalesced), <-got)
+		require.NoError(t, c.release(t.Context()))
+
+		// Nobody reads on the other side of the next one.
+		stuck, other := net.Pipe()
+		c = newCoalescer(stuck)
+		c.hold()
+		write("lost")
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		begun := time.Now()
+		require.Error(t, c.release(ctx))
+		require.Equal(t, time.Minute, time.Since(begun))
+		for _, k := range []net.Conn{a, b, stuck, other} {
+			require.NoError(t, k.Close())
+		}
+	})
+}
