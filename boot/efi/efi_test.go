@@ -182,6 +182,8 @@ func TestConformance(t *testing.T) { loader(t).Conformance(t) }
 
 func TestPowerCuts(t *testing.T) { loader(t).PowerCuts(t) }
 
+func TestTransitions(t *testing.T) { loader(t).Transitions(t) }
+
 // mem returns variables without faults.
 func mem(t testing.TB) efi.Vars {
 	v, err := sim(memflash.NewChip(memflash.Config{Size: fsys.SimSize}, memflash.Config{Size: fsys.SimSize}).Flashes(), true)

@@ -246,6 +246,81 @@ func (l *Loader) PowerCuts(t *testing.T) {
 
 func isWeak(f memflash.Fault) bool { return f.Kind == memflash.CutWeak }
 
+// Transitions goes from each choice to each other one and cuts the power at every
+// operation. What the loader then starts, boot after boot, is what it would have
+// started before, or what it starts after a write that was not cut off.
+func (l *Loader) Transitions(t *testing.T) {
+	ctx := t.Context()
+	var choices []driver.Choice
+	for _, id := range []ota.SlotID{0, 1} {
+		choices = append(choices, driver.Choice{Active: id, Revert: ota.NoSlot},
+			driver.Choice{Active: id, Trial: true, Revert: 1 - id, Tries: 1},
+			driver.Choice{Active: id, Trial: true, Revert: 1 - id, Booted: true})
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	write := func(chip *memflash.Chip, c driver.Choice) error {
+		d, err := l.Open(chip.Flashes()[records:], nil)
+		if err != nil {
+			return err
+		}
+		return d.Write(ctx, c)
+	}
+	boots := func(chip *memflash.Chip) (s [3]ota.SlotID) {
+		t.Helper()
+		for i := range s {
+			id, err := l.Boot(ctx, chip.Flashes()[records:])
+			must(err)
+			s[i] = id
+		}
+		if l.Intact != nil {
+			must(l.Intact(chip.Flashes()[records:]))
+		}
+		return s
+	}
+	runs := 0
+	for _, from := range choices {
+		base := l.new(t)
+		must(write(base, from))
+		before := boots(base.Clone())
+		for _, to := range choices {
+			clean := base.Clone()
+			must(write(clean, to))
+			after := boots(clean)
+			for at := 0; ; at++ {
+				done := false
+				for _, f := range []memflash.Fault{{Kind: memflash.CutBefore}, {Kind: memflash.CutPrefix}, {Kind: memflash.CutAfter}, {Kind: memflash.CutAfter, Loss: memflash.LoseAll}} {
+					chip := base.Clone()
+					f.At = chip.Ops() + at
+					chip.Plan(f)
+					err := write(chip, to)
+					if chip.Pending() > 0 {
+						must(err)
+						done = true
+						break
+					}
+					runs++
+					chip.PowerOn()
+					// A trial may be called off before the opposite one begins.
+					r := [3]ota.SlotID{from.Revert, from.Revert, from.Revert}
+					off := from.Tries > 0 && to.Tries > 0 && from.Active != to.Active
+					if got := boots(chip); got != before && got != after && !(off && got == r) || err == nil && got != after {
+						t.Fatalf("from %+v to %+v, %v: starts slots %v, not %v or %v (%v)", from, to, f, got, before, after, err)
+					}
+				}
+				if done {
+					break
+				}
+			}
+		}
+	}
+	t.Logf("%d transitions, %d cuts", len(choices)*len(choices), runs)
+}
+
 func (l *Loader) explore(t *testing.T, scenarios []crashtest.Scenario, m crashtest.Modes) {
 	o := crashtest.Options{Faults: []crashtest.Modes{m}, Replay: l.Replay}
 	if l.Twice {
