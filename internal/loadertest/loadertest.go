@@ -35,6 +35,8 @@ type Loader struct {
 	// Boot does what the loader does at a reset, and returns the slot that it
 	// starts.
 	Boot func(ctx context.Context, flashes []ota.Flash) (ota.SlotID, error)
+	// Reset does what begins a trial that is stored; nil if any reset does.
+	Reset func(ctx context.Context, flashes []ota.Flash) error
 	// Wears says that the loader counts every boot, also of committed slots.
 	Wears bool
 	// Intact reports what the driver must never change and has.
@@ -132,8 +134,12 @@ var known = ota.SlotState{
 // starts and the boot state must always agree about what happened.
 func (l *Loader) PowerCuts(t *testing.T) {
 	one := ota.SlotID(1)
-	begin := func(ctx context.Context, d *ota.Device) error {
-		return d.SetBootState(ctx, ota.BootStatePatch{Active: &one})
+	begin := func(ctx context.Context, d *ota.Device, chip *memflash.Chip) error {
+		err := d.SetBootState(ctx, ota.BootStatePatch{Active: &one})
+		if err == nil && l.Reset != nil {
+			err = l.Reset(ctx, chip.Flashes()[records:])
+		}
+		return err
 	}
 	must := func(err error) {
 		t.Helper()
@@ -150,7 +156,7 @@ func (l *Loader) PowerCuts(t *testing.T) {
 	trial := base.Clone()
 	d, err := l.restart(t.Context(), trial)
 	must(err)
-	must(begin(t.Context(), d))
+	must(begin(t.Context(), d, trial))
 	over := trial.Clone()
 	d, err = l.restart(t.Context(), over)
 	must(err)
@@ -161,28 +167,28 @@ func (l *Loader) PowerCuts(t *testing.T) {
 	for _, sc := range []struct {
 		name string
 		base *memflash.Chip
-		run  func(ctx context.Context, d *ota.Device) error
+		run  func(ctx context.Context, d *ota.Device, chip *memflash.Chip) error
 		ok   func(s ota.BootState, running ota.SlotID, done bool) bool
 	}{
 		{"begin", base, begin, func(s ota.BootState, running ota.SlotID, done bool) bool {
 			return trialOf1(s, running) || committed0(s, running) && (!done || fellBack(s))
 		}},
-		{"commit", trial, func(ctx context.Context, d *ota.Device) error { return d.Commit(ctx) }, func(s ota.BootState, running ota.SlotID, done bool) bool {
+		{"commit", trial, func(ctx context.Context, d *ota.Device, _ *memflash.Chip) error { return d.Commit(ctx) }, func(s ota.BootState, running ota.SlotID, done bool) bool {
 			if running == 1 && s.Committed {
 				return s.Active == 1 && s.Last.Outcome == ota.OutcomeCommitted
 			}
 			return !done && (trialOf1(s, running) || committed0(s, running) && fellBack(s))
 		}},
-		{"revert", trial, func(ctx context.Context, d *ota.Device) error { return d.Revert(ctx) }, func(s ota.BootState, running ota.SlotID, done bool) bool {
+		{"revert", trial, func(ctx context.Context, d *ota.Device, _ *memflash.Chip) error { return d.Revert(ctx) }, func(s ota.BootState, running ota.SlotID, done bool) bool {
 			if done {
 				return committed0(s, running) && s.Last.Reason == ota.ReasonRequested
 			}
 			return trialOf1(s, running) || committed0(s, running) && s.Last.Outcome == ota.OutcomeReverted
 		}},
-		{"reset", trial, func(context.Context, *ota.Device) error { return nil }, func(s ota.BootState, running ota.SlotID, _ bool) bool {
+		{"reset", trial, func(context.Context, *ota.Device, *memflash.Chip) error { return nil }, func(s ota.BootState, running ota.SlotID, _ bool) bool {
 			return trialOf1(s, running) || committed0(s, running) && fellBack(s)
 		}},
-		{"after", over, func(context.Context, *ota.Device) error { return nil }, func(s ota.BootState, running ota.SlotID, _ bool) bool {
+		{"after", over, func(context.Context, *ota.Device, *memflash.Chip) error { return nil }, func(s ota.BootState, running ota.SlotID, _ bool) bool {
 			return running == 1 && s.Committed && s.Active == 1 && s.Last.Outcome == ota.OutcomeCommitted
 		}},
 	} {
@@ -199,7 +205,7 @@ func (l *Loader) PowerCuts(t *testing.T) {
 					Run: func(ctx context.Context) error {
 						d, err := l.restart(ctx, chip)
 						if err == nil {
-							err = sc.run(ctx, d)
+							err = sc.run(ctx, d, chip)
 						}
 						done.Store(err == nil)
 						return excuse(err)
@@ -213,7 +219,7 @@ func (l *Loader) PowerCuts(t *testing.T) {
 						if err != nil {
 							return err
 						}
-						if weak && !done.Load() && pending1(s, d.Running()) {
+						if (weak || l.Reset != nil) && !done.Load() && pending1(s, d.Running()) {
 							return nil
 						}
 						if !sc.ok(s, d.Running(), done.Load()) {
