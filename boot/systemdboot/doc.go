@@ -26,14 +26,13 @@
 //
 // It goes back after a panic if the kernel has panic=N on its command line, because
 // the reset that follows uses up a boot. If a kernel cannot be loaded it returns to
-// the firmware, and goes back when the machine is reset; since version 257
-// reboot-on-error in loader.conf makes it reset the machine by itself. It starts no
-// watchdog: a hang before any user program runs ends only when somebody resets the
-// machine.
+// the firmware, and goes back when the machine is reset; newer versions reset it by
+// themselves if loader.conf says reboot-on-error. It starts no watchdog: a hang before
+// any user program runs ends only when somebody resets the machine.
 //
 // # What must be there
 //
-// systemd-boot 250 or newer, and one entry for each slot, under a name that never
+// systemd-boot 251 or newer, and one entry for each slot, under a name that never
 // changes but for the counters; the slot that comes without firmware has the name
 // acme-b+0.conf. For boot counting, no entry of others may be sorted before those of
 // the slots, and nothing may choose an entry by name: no line "default" in
