@@ -3,7 +3,6 @@ package systemdboot
 import (
 	"context"
 	"fmt"
-	"path"
 	"slices"
 
 	"github.com/slotota/ota"
@@ -109,7 +108,7 @@ func (d *OneShot) Write(ctx context.Context, c driver.Choice) error {
 			return fmt.Errorf("systemdboot: there is no sound entry %s without counters for slot %d: %w", ota.Quote(d.c.Entries[id]), id, ota.ErrInvalid)
 		}
 		// In lower case, as the loader compares.
-		ids[i] = efi.EncodeString(path.Base(es[at].id()))
+		ids[i] = efi.EncodeString(es[at].id())
 	}
 	setOnce := func() error {
 		switch {
