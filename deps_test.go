@@ -22,6 +22,7 @@ func TestImports(t *testing.T) {
 		self + "/bundle":         {"github.com/klauspost/compress/zstd", "golang.org/x/mod/sumdb/note"},
 		self + "/rpcjson/ws":     {"github.com/coder/websocket"},
 		self + "/rpcjson/mqtt":   {"github.com/eclipse/paho.mqtt.golang"},
+		self + "/boot/efi":       {"golang.org/x/sys"},
 	}
 	out, err := exec.Command("go", "list", "-deps", "-f",
 		`{{if not .Standard}}{{.ImportPath}}{{range .Imports}} {{.}}{{end}}{{end}}`, "./...").Output()
