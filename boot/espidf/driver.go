@@ -288,40 +288,47 @@ func (d *Driver) try(v *sectors, c driver.Choice) error {
 		}
 		return nil
 	}
-	if v.active < 0 && c.Revert == 0 && !d.c.Factory {
-		// The loader starts it anyway.
-		if err := d.settle(v, 0); err != nil {
-			return err
-		}
-	}
 	a := v.active
 	back := func(i int) bool {
 		return v.e[i].Bootable() && v.e[i].State.committed() && d.slot(*v, i) == c.Revert
 	}
 	switch {
-	case a >= 0 && back(a):
+	case a < 0:
+		if err := d.aim(v, 0, c.Revert, StateValid, 0); err != nil {
+			return err
+		}
+		return d.aim(v, 1, c.Active, state, v.e[0].Seq)
+	case back(a):
 		return d.aim(v, 1-a, c.Active, state, v.e[a].Seq)
-	case a >= 0 && !v.e[a].State.committed() && back(1-a):
+	case !v.e[a].State.committed() && back(1-a):
 		if d.slot(*v, a) == c.Active {
 			return d.put(v, a, NewEntry(v.e[a].Seq, state))
 		}
 		return d.aim(v, a, c.Active, state, v.e[a].Seq)
 	}
-	// Neither entry is of the slot to go back to. Until the second step is done
-	// the loader goes back to what is selected now.
-	i := max(a, 0)
-	if a >= 0 && v.e[a].State.committed() {
-		i = 1 - a
+	// Neither entry is of the slot to go back to. At no time may there be a
+	// trial without such an entry: the loader would start its default then.
+	if !v.e[a].State.committed() && v.e[1-a].Bootable() {
+		// Another trial, with another slot to go back to, which takes over.
+		if err := d.aim(v, a, d.slot(*v, 1-a), StateValid, v.e[a].Seq); err != nil {
+			return err
+		}
 	}
-	apps := uint32(d.c.Apps)
-	above := max(v.seq(0), v.seq(1))
-	if above < noSeq-apps {
-		above += apps // room below for the other entry
+	if apps := uint32(d.c.Apps); v.e[a].Seq <= apps {
+		// Make room below for the entry to go back to.
+		i := a
+		if v.e[a].State.committed() {
+			i = 1 - a
+		}
+		if err := d.aim(v, i, d.slot(*v, a), v.e[a].State, v.e[a].Seq+apps); err != nil {
+			return err
+		}
+		a = v.active
 	}
-	if err := d.aim(v, i, c.Active, state, above); err != nil {
+	if err := d.aim(v, 1-a, c.Revert, StateValid, v.e[a].Seq-uint32(d.c.Apps)-1); err != nil {
 		return err
 	}
-	return d.aim(v, 1-i, c.Revert, StateValid, v.e[i].Seq-apps)
+	return d.aim(v, a, c.Active, state, v.e[a].Seq)
 }
 
 // FirstBoot makes the loader go back at the next boot if the firmware that runs is

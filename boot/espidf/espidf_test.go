@@ -252,6 +252,9 @@ func loaders() (ls []loadertest.Loader) {
 			Name:    k.name,
 			Flashes: []memflash.Config{k.cfg},
 			Open: func(fs []ota.Flash, running func(context.Context) (ota.SlotID, error)) (driver.Driver, error) {
+				if running == nil {
+					running = func(context.Context) (ota.SlotID, error) { return 0, nil }
+				}
 				d, err := open(fs, running)
 				if factory {
 					return renumber{d}, err
@@ -345,6 +348,75 @@ func TestWrite(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestTransitions cuts the power at every step from every choice to every other one.
+// The loader never starts a slot that neither of them names: not ota_0 by default,
+// nor one that an old entry selects.
+func TestTransitions(t *testing.T) {
+	ctx := t.Context()
+	runs := 0
+	for _, factory := range []bool{false, true} {
+		n := ota.SlotID(4)
+		if factory {
+			n = 3
+		}
+		var choices []driver.Choice
+		for x := range n {
+			choices = append(choices, driver.Choice{Active: x, Revert: ota.NoSlot})
+			for y := range n {
+				if x != y && x != 2 {
+					choices = append(choices, driver.Choice{Active: x, Trial: true, Revert: y, Tries: 1})
+					choices = append(choices, driver.Choice{Active: x, Trial: true, Revert: y, Booted: true})
+				}
+			}
+		}
+		apps := 4
+		if factory {
+			apps = 2 // and slot 2
+		}
+		open := func(chip *memflash.Chip) *Driver {
+			d, err := New(&Config{OTAData: chip.Flashes()[0], Apps: apps, Factory: factory, Running: func(context.Context) (ota.SlotID, error) { return 0, nil }})
+			require.NoError(t, err)
+			return d
+		}
+		for _, from := range choices {
+			base := memflash.NewChip(memflash.Config{Size: 0x2000, EraseSize: 0x1000, WriteSize: 4})
+			require.NoError(t, open(base).Write(ctx, from))
+			for _, to := range choices {
+				allowed := []ota.SlotID{from.Active, from.Revert, to.Active, to.Revert}
+				for at, done := 0, false; !done; at++ {
+					for _, f := range memflash.TearModes(uint64(at)) {
+						if f.Kind == memflash.CutWeak {
+							continue
+						}
+						chip := base.Clone()
+						f.At = at
+						chip.Plan(f)
+						err := open(chip).Write(ctx, to)
+						if done = chip.Pending() > 0; done {
+							require.NoError(t, err)
+							break
+						}
+						runs++
+						chip.PowerOn()
+						for range 3 {
+							got, err := boot(chip.Flashes()[0], apps, true)
+							require.NoError(t, err)
+							if got < 0 {
+								got = 0
+								if factory {
+									got = 2
+								}
+							}
+							require.Contains(t, allowed, ota.SlotID(got), "from %+v to %+v: %+v", from, to, f)
+						}
+					}
+				}
+			}
+		}
+	}
+	t.Logf("%d cuts", runs)
 }
 
 func TestRefusals(t *testing.T) {

@@ -239,6 +239,9 @@ func mos1Loaders() (ls []loadertest.Loader) {
 				return err
 			},
 			Open: func(fs []ota.Flash, running func(context.Context) (ota.SlotID, error)) (driver.Driver, error) {
+				if running == nil {
+					running = zero
+				}
 				return open(fs, running)
 			},
 			Boot: mos1Loader,
@@ -253,7 +256,7 @@ func mos1Loaders() (ls []loadertest.Loader) {
 				}
 				for i, s := range device().Slots {
 					got := r.Slots[i]
-					if got.AppDev != s.AppDev || got.FSDev != s.FSDev || got.Flags != s.Flags || i != 1 && got.App != s.App {
+					if got.AppDev != s.AppDev || got.FSDev != s.FSDev || got.Flags != s.Flags || i > 1 && got.App != s.App {
 						return fmt.Errorf("slot %d: %+v", i, got)
 					}
 				}
@@ -438,6 +441,9 @@ func rbootLoaders() (ls []loadertest.Loader) {
 			Name:    "rboot-" + k.name,
 			Flashes: []memflash.Config{k.cfg},
 			Open: func(fs []ota.Flash, running func(context.Context) (ota.SlotID, error)) (driver.Driver, error) {
+				if running == nil {
+					running = zero
+				}
 				return open(fs, running)
 			},
 			Boot: func(ctx context.Context, fs []ota.Flash) (ota.SlotID, error) {
