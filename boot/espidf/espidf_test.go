@@ -304,7 +304,9 @@ func TestConformance(t *testing.T) {
 
 func TestPowerCuts(t *testing.T) {
 	for _, l := range loaders() {
-		l.Replay, l.Twice = *replay, *long
+		// Two writes in a row that read well at times, on a medium that is not
+		// erased before it is written, are more than two copies can tell.
+		l.Replay, l.Twice = *replay, *long && l.Name != "file"
 		l.PowerCuts(t)
 	}
 }

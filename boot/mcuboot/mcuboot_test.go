@@ -436,9 +436,7 @@ func install(d *Driver, id ota.SlotID, img []byte, unit int) error {
 	if err := f.(ota.Eraser).Erase(0, f.Size()); err != nil {
 		return err
 	}
-	for len(img)%unit != 0 {
-		img = append(img, 0xff)
-	}
+	img = append(bytes.Clone(img), bytes.Repeat([]byte{0xff}, (unit-len(img)%unit)%unit)...)
 	if _, err := f.WriteAt(img, 0); err != nil {
 		return err
 	}
