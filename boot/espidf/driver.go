@@ -101,7 +101,6 @@ func (d *Driver) read(ctx context.Context) (v sectors, err error) {
 	if err := ctx.Err(); err != nil {
 		return v, err
 	}
-	v.active = -1
 	for i := range v.e {
 		b, err := d.readSector(i)
 		if err != nil {
@@ -113,11 +112,19 @@ func (d *Driver) read(ctx context.Context) (v sectors, err error) {
 		if !filled(b, 0xff) && !filled(b, 0) {
 			v.used++
 		}
+	}
+	v.pick()
+	return v, nil
+}
+
+// pick finds the entry that the loader selects.
+func (v *sectors) pick() {
+	v.active = -1
+	for i := range v.e {
 		if v.e[i].Bootable() && (v.active < 0 || v.e[i].Seq > v.e[v.active].Seq) {
 			v.active = i
 		}
 	}
-	return v, nil
 }
 
 // filled reports whether all bytes of b are c.
@@ -388,12 +395,7 @@ func (d *Driver) put(v *sectors, i int, e Entry) error {
 		return fmt.Errorf("espidf: otadata sector %d: %w", i, err)
 	}
 	v.e[i] = e
-	v.active = -1
-	for k := range v.e {
-		if v.e[k].Bootable() && (v.active < 0 || v.e[k].Seq > v.e[v.active].Seq) {
-			v.active = k
-		}
-	}
+	v.pick()
 	return nil
 }
 
