@@ -1,5 +1,5 @@
-// Package grub drives GRUB by its environment block, with the variables of RAUC's
-// GRUB integration:
+// Package grub drives GRUB by its environment block. [Mender] does so for systems
+// with Mender's scripts, [Driver] with the variables of RAUC's GRUB integration:
 //
 //	ORDER="B A"   the slots, the best one first
 //	B_OK=1        the slot may be started

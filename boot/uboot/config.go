@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/internal/filelock"
 	"github.com/slotota/ota/internal/fsys"
 )
 
@@ -139,7 +140,13 @@ func Open(c *Config) (*Env, error) {
 	if locks == nil {
 		locks = defaultLocks
 	}
-	e.lock = func(ctx context.Context) (func(), error) { return lockFiles(ctx, locks) }
+	e.lock = func(ctx context.Context) (func(), error) {
+		unlock, err := filelock.Lock(ctx, locks)
+		if err != nil {
+			err = fmt.Errorf("uboot: %w", err)
+		}
+		return unlock, err
+	}
 	return e, nil
 }
 

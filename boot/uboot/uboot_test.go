@@ -506,23 +506,6 @@ func TestMkenvimage(t *testing.T) {
 	}
 }
 
-func TestLock(t *testing.T) {
-	if runtime.GOOS == "windows" {
-		t.Skip("no file locks here")
-	}
-	name := filepath.Join(t.TempDir(), "lock")
-	unlock, err := lockFiles(t.Context(), []string{name, name, filepath.Join(t.TempDir(), "no", "dir")})
-	require.NoError(t, err)
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	_, err = lockFiles(ctx, []string{name})
-	require.ErrorIs(t, err, context.Canceled)
-	unlock()
-	unlock, err = lockFiles(t.Context(), []string{name})
-	require.NoError(t, err)
-	unlock()
-}
-
 func FuzzEnv(f *testing.F) {
 	f.Add(image(64, 1, board[:1]), byte(0))
 	f.Fuzz(func(t *testing.T, raw []byte, flags byte) {

@@ -27,6 +27,10 @@ type FS interface {
 	ReadDir(name string) ([]string, error)
 	// WriteFile creates or truncates a file, writes b, and syncs it.
 	WriteFile(name string, b []byte) error
+	// Overwrite writes b over the content of a file of the same length, where it
+	// is on the medium, and syncs it. A power cut may leave the first bytes new
+	// and the others old, with the border on a multiple of 512.
+	Overwrite(name string, b []byte) error
 	// Rename gives a file another name, in the place of a file that has it.
 	Rename(from, to string) error
 	// Remove removes a file.
@@ -120,6 +124,25 @@ func (o OS) WriteFile(name string, b []byte) error {
 		return err
 	}
 	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}
+
+// Overwrite implements [FS].
+func (o OS) Overwrite(name string, b []byte) error {
+	f, err := os.OpenFile(o.path(name), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	info, err := f.Stat()
+	if err == nil && info.Size() != int64(len(b)) {
+		err = &fs.PathError{Op: "overwrite", Path: name, Err: fs.ErrInvalid}
+	}
+	if err == nil {
+		_, err = f.WriteAt(b, 0)
+	}
 	if err == nil {
 		err = f.Sync()
 	}

@@ -145,8 +145,13 @@ func (s *Sim) ReadDir(name string) ([]string, error) {
 
 // WriteFile implements [FS].
 func (s *Sim) WriteFile(name string, b []byte) error {
-	for _, part := range [][]byte{{}, b[:len(b)/2], b} {
-		s.disk.Files[name] = slices.Clone(part)
+	return s.steps(name, []byte{}, b[:len(b)/2], b)
+}
+
+// steps gives a file one content after the other.
+func (s *Sim) steps(name string, contents ...[]byte) error {
+	for _, c := range contents {
+		s.disk.Files[name] = slices.Clone(c)
 		s.disk.Durable[name] = s.disk.Files[name]
 		if err := s.commit(); err != nil {
 			return err
@@ -154,6 +159,25 @@ func (s *Sim) WriteFile(name string, b []byte) error {
 	}
 	return nil
 }
+
+// Overwrite implements [FS].
+func (s *Sim) Overwrite(name string, b []byte) error {
+	old, ok := s.disk.Files[name]
+	if !ok {
+		return missing("open", name)
+	}
+	if len(old) != len(b) {
+		return &fs.PathError{Op: "overwrite", Path: name, Err: fs.ErrInvalid}
+	}
+	var contents [][]byte
+	for n := sector; n < len(b); n += sector {
+		contents = append(contents, slices.Concat(b[:n], old[n:]))
+	}
+	return s.steps(name, append(contents, b)...)
+}
+
+// sector is what a medium writes at once.
+const sector = 512
 
 // Rename implements [FS].
 func (s *Sim) Rename(from, to string) error {

@@ -213,7 +213,7 @@ func (l *Loader) PowerCuts(t *testing.T) {
 					Check: func(ctx context.Context) error {
 						d, err := l.restart(ctx, chip)
 						if err != nil {
-							return err
+							return excuse(err)
 						}
 						s, err := d.BootState(ctx)
 						if err != nil {

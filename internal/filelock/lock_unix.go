@@ -1,6 +1,7 @@
 //go:build unix
 
-package uboot
+// Package filelock takes locks that other programs take, too.
+package filelock
 
 import (
 	"context"
@@ -16,9 +17,9 @@ import (
 // lockPoll is the time between two attempts to get a lock.
 const lockPoll = 20 * time.Millisecond
 
-// lockFiles locks all files, as fw_printenv and fw_setenv do theirs. A directory
-// that does not exist needs no lock.
-func lockFiles(ctx context.Context, names []string) (unlock func(), err error) {
+// Lock locks all files with flock(2), in their order, and makes them if need be. It
+// waits until ctx is done. A directory that does not exist needs no lock.
+func Lock(ctx context.Context, names []string) (unlock func(), err error) {
 	var held []*os.File
 	unlock = func() {
 		for _, f := range held {
@@ -39,7 +40,7 @@ func lockFiles(ctx context.Context, names []string) (unlock func(), err error) {
 		}
 		if err != nil {
 			unlock()
-			return nil, fmt.Errorf("uboot: lock %s: %w", name, err)
+			return nil, fmt.Errorf("lock %s: %w", name, err)
 		}
 	}
 	return unlock, nil
