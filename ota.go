@@ -74,6 +74,10 @@ type Options struct {
 	// Reset restarts the device. nil makes Reboot return ErrUnsupported.
 	Reset func(ctx context.Context) error
 
+	// Health, if not nil, says what would stop a rollback on this machine. Status
+	// calls it, and so it should not do more than read a few small files.
+	Health func() []Finding
+
 	// OnEvent is told about every change of phase and, at most ten times per
 	// second, about progress. Calls come from the goroutine that does the
 	// work, one at a time, and delay it. They must not call a method of the
@@ -194,6 +198,8 @@ type Status struct {
 	Remaining time.Duration
 	// Trial says that the running firmware is on trial.
 	Trial bool
+	// Findings are what Options.Health says.
+	Findings []Finding
 }
 
 // Open returns the device that consists of slots, numbered from 0 in their
@@ -762,6 +768,9 @@ func (d *Device) Status() Status {
 		if left, err := d.remaining(s.State); err == nil {
 			s.Remaining = max(left, 0)
 		}
+	}
+	if d.o.Health != nil {
+		s.Findings = d.o.Health()
 	}
 	return s
 }
