@@ -81,8 +81,8 @@ func commands() []command {
 			"Prints the result.",
 			[]string{`ota call RPC.List`, `ota call Sys.Reboot '{"delay_ms":500}'`}, call},
 		{"selftest", "", "check storage and boot record of this machine",
-			"Runs the conformance suites of the library (packages flashtest and boottest) on spare storage of the device.",
-			[]string{"ota selftest -overwrite -flash /dev/mmcblk0p9", "ota selftest -record /data/ota/test0 -record /data/ota/test1 -record /data/ota/test2"}, selftest},
+			"Runs the conformance suites of the library (packages flashtest and boottest) on spare storage of the device. With -health it reports what would stop a rollback on this machine: no panic= on the command line, no watchdog that runs, and so on; it changes nothing then, and fails if anything critical is found.",
+			[]string{"ota selftest -health", "ota selftest -overwrite -flash /dev/mmcblk0p9", "ota selftest -record /data/ota/test0 -record /data/ota/test1 -record /data/ota/test2"}, selftest},
 		{"simulate", "", "run a device whose flash is files",
 			"It boots, serves RPC, installs, reboots, commits and rolls back like a real one. Its life goes on where it ended when it is started again with the same directory; killing it is a power cut.",
 			[]string{
