@@ -6,9 +6,7 @@ require (
 	github.com/stretchr/testify v1.12.1
 	go.bug.st/serial v1.8.0
 	golang.org/x/mod v0.36.0
+	golang.org/x/sys v0.43.0
 )
 
-require (
-	go.yaml.in/yaml/v3 v3.0.5 // indirect
-	golang.org/x/sys v0.43.0 // indirect
-)
+require go.yaml.in/yaml/v3 v3.0.5 // indirect
