@@ -59,3 +59,18 @@ func TestStatusFindings(t *testing.T) {
 	require.Zero(t, code)
 	require.Contains(t, out, `"remedy": "R"`)
 }
+
+func TestDetect(t *testing.T) {
+	root := t.TempDir()
+	code, _, _ := tool(t, false, "detect", "-root", root)
+	require.Equal(t, exitNothing, code)
+	require.NoError(t, os.MkdirAll(filepath.Join(root, "proc"), 0o700))
+	require.NoError(t, os.WriteFile(filepath.Join(root, "proc", "cmdline"), []byte("panic=1 bootchooser.active=a\x1b"), 0o600))
+	code, out, _ := tool(t, false, "detect", "-root", root)
+	require.Zero(t, code)
+	require.Equal(t, "barebox: certain\n  The kernel's command line has bootchooser.active=\"a\\x1b\", which its bootchooser adds.\n"+
+		"kernel    \"bootchooser.active=a\\x1b\"\n", out)
+	code, out, _ = tool(t, false, "detect", "-json", "-root", root)
+	require.Zero(t, code)
+	require.Contains(t, out, `"confidence": "certain"`)
+}
