@@ -98,11 +98,12 @@ type Info struct {
 
 // Options configure [Open]. The zero value opens the whole device.
 type Options struct {
-	// Offset and Length limit the Flash to a part of the device, in whole erase
-	// blocks; Length 0 means up to its end. A bad block never makes it go beyond.
+	// Offset and Length limit the Flash to a part of the device that begins with an
+	// erase block; Length is rounded up to whole ones, and 0 means up to the end. A
+	// bad block never makes it go beyond.
 	Offset, Length int64
-	// Size is the size of the Flash, in whole erase blocks; what remains of
-	// Length is the reserve for bad blocks. 0 means Length without a reserve of
+	// Size is the size of the Flash, rounded up to whole erase blocks; what remains
+	// of Length is the reserve for bad blocks. 0 means Length without a reserve of
 	// 20 blocks in 1024, at least one, on NAND (what UBI keeps, too), and all of
 	// Length elsewhere.
 	Size int64
@@ -170,23 +171,25 @@ func newFlash(m mtd, name string, o *Options) (*Flash, error) {
 		return nil, err
 	}
 	es := info.EraseSize
-	length := o.Length
-	if length == 0 {
-		length = info.Size - o.Offset
-	}
 	switch {
 	case info.Kind == UBIVolume:
 		return nil, fmt.Errorf("a UBI volume; use package ubiflash: %w", ota.ErrUnsupported)
 	case es <= 0 || info.WriteSize <= 0 || es%info.WriteSize != 0 || info.Size <= 0 || info.Size/es > math.MaxInt32:
 		return nil, fmt.Errorf("geometry %+v: %w", info, ota.ErrUnsupported)
-	case o.Offset < 0 || o.Offset%es != 0 || length <= 0 || length%es != 0 || o.Offset > info.Size || length > info.Size-o.Offset:
-		return nil, fmt.Errorf("%d bytes at %d, in %d of blocks of %d: %w", length, o.Offset, info.Size, es, ota.ErrInvalid)
-	case o.Size < 0 || o.Size%es != 0 || o.Size > length:
-		return nil, fmt.Errorf("size %d, in %d of blocks of %d: %w", o.Size, length, es, ota.ErrInvalid)
+	case o.Offset < 0 || o.Offset%es != 0 || o.Offset >= info.Size || o.Length < 0 || o.Length > info.Size-o.Offset || o.Size < 0 || o.Size > info.Size:
+		return nil, fmt.Errorf("%d of %d bytes at %d, in %d of blocks of %d: %w", o.Size, o.Length, o.Offset, info.Size, es, ota.ErrInvalid)
 	case !o.ReadOnly && !info.Writable:
 		return nil, fmt.Errorf("%v: %w", info.Kind, ota.ErrReadOnly)
 	}
-	f := &Flash{m: m, name: name, info: info, size: o.Size, readOnly: o.ReadOnly, used: map[int64]bool{}, relock: map[int64]bool{}}
+	length := roundUp(o.Length, es)
+	if length == 0 {
+		length = info.Size - o.Offset
+	}
+	size := roundUp(o.Size, es)
+	if length%es != 0 || length > info.Size-o.Offset || size > length {
+		return nil, fmt.Errorf("size %d of %d at %d, in %d of blocks of %d: %w", size, length, o.Offset, info.Size, es, ota.ErrInvalid)
+	}
+	f := &Flash{m: m, name: name, info: info, size: size, readOnly: o.ReadOnly, used: map[int64]bool{}, relock: map[int64]bool{}}
 	if f.size == 0 {
 		f.size = length
 		if info.Kind.nand() {
@@ -210,6 +213,8 @@ func newFlash(m mtd, name string, o *Options) (*Flash, error) {
 	}
 	return f, nil
 }
+
+func roundUp(n, unit int64) int64 { return (n + unit - 1) / unit * unit }
 
 // reserve is how many of n blocks may become bad.
 func reserve(n int64) int64 { return max(1, (n*20+1023)/1024) }
