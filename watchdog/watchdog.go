@@ -129,7 +129,11 @@ func start(p port, o *Options) (*Watchdog, error) {
 		if b, err := p.bootStatus(); err == nil {
 			w.info.Reset = b&cardReset != 0
 		}
-		err = w.setTimeout(options)
+		if err = w.setTimeout(options); err == nil {
+			// Feeds it, and makes the kernel forget a magic character that the one
+			// before has left.
+			err = p.write(0)
+		}
 	}
 	if err != nil {
 		return nil, errors.Join(err, w.stop(), p.close())
@@ -183,16 +187,19 @@ func (w *Watchdog) Disarm(ctx context.Context) error {
 	return nil
 }
 
-// stop stops the watchdog, in the way that tells whether it could, and has the
-// closing do no harm.
+// stop stops the watchdog, in the way that tells whether it could.
 func (w *Watchdog) stop() error {
 	err := w.p.disable()
 	if errors.Is(err, errBusy) {
 		return ErrNoWayOut
 	}
-	// A driver that does not know how to be disabled knows the magic character; for
-	// one that was disabled it keeps the kernel from complaining.
-	if werr := w.p.write('V'); err != nil && werr != nil {
+	if err == nil {
+		return nil
+	}
+	// A driver that does not know how to be disabled knows the magic character, at
+	// Close. One that was disabled must not see it: the kernel would remember it for
+	// whoever opens the watchdog next.
+	if werr := w.p.write('V'); werr != nil {
 		return errors.Join(err, werr)
 	}
 	return nil

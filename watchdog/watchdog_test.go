@@ -64,6 +64,9 @@ func (f *fake) write(b byte) error {
 
 func (f *fake) close() error {
 	f.closed = true
+	if !f.running {
+		return nil // and it remembers the magic character
+	}
 	if (f.magic || f.options&magicClose == 0) && !f.nowayout {
 		f.running = false
 	}
@@ -130,9 +133,10 @@ func TestDisarm(t *testing.T) {
 	}
 }
 
-// Without Disarm it runs on.
+// Without Disarm it runs on, whatever went before.
 func TestClose(t *testing.T) {
 	f := newFake()
+	f.magic = true // left by the program before
 	f.boot = cardReset
 	w, err := start(f, &Options{})
 	require.NoError(t, err)
@@ -141,6 +145,14 @@ func TestClose(t *testing.T) {
 	require.NoError(t, w.Close())
 	require.True(t, f.running)
 	require.Equal(t, 1, f.fed)
+
+	f = newFake()
+	w, err = start(f, &Options{})
+	require.NoError(t, err)
+	require.NoError(t, w.Disarm(t.Context()))
+	require.NoError(t, w.Close())
+	require.False(t, f.running)
+	require.False(t, f.magic, "for the next program")
 }
 
 func TestOpen(t *testing.T) {
