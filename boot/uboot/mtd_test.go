@@ -36,6 +36,14 @@ func TestMTDOptions(t *testing.T) {
 func TestOpenDevice(t *testing.T) {
 	_, _, err := OpenDevice(Location{Path: "/dev/ubi0_0", Offset: 1, Size: 100})
 	require.ErrorIs(t, err, ota.ErrInvalid)
+	v, flags, err := OpenDevice(Location{Path: filepath.Join(t.TempDir(), "ubi0_0"), Size: 100})
+	require.NoError(t, err)
+	require.Equal(t, Incremental, flags)
+	require.EqualValues(t, 100, v.Size())
+	_, err = v.ReadAt(make([]byte, 1), 0)
+	require.Error(t, err)
+	_, err = v.WriteAt(make([]byte, 99), 0)
+	require.ErrorIs(t, err, ota.ErrInvalid)
 	_, _, err = OpenDevice(Location{Path: filepath.Join(t.TempDir(), "mtd0"), Size: 100})
 	require.Error(t, err)
 }
@@ -48,7 +56,7 @@ type interrupted struct {
 
 func (f *interrupted) ReadAt(p []byte, off int64) (int, error) {
 	if !f.written {
-		return 0, ubiflash.ErrInterrupted
+		return readCopy(unreadable{f.Flash}, p, off)
 	}
 	return f.Flash.ReadAt(p, off)
 }
@@ -57,6 +65,10 @@ func (f *interrupted) WriteAt(p []byte, off int64) (int, error) {
 	f.written = true
 	return f.Flash.WriteAt(p, off)
 }
+
+type unreadable struct{ ota.Flash }
+
+func (unreadable) ReadAt([]byte, int64) (int, error) { return 0, ubiflash.ErrInterrupted }
 
 // A power cut during the update of a volume costs one copy, which is written anew.
 func TestInterruptedVolume(t *testing.T) {
@@ -69,7 +81,7 @@ func TestInterruptedVolume(t *testing.T) {
 	_, err := good.WriteAt(raw, 0)
 	require.NoError(t, err)
 	bad := &interrupted{Flash: memflash.New(memflash.Config{Size: size})}
-	e, err := NewEnv([]ota.Flash{volume{bad}, volume{good}}, nil)
+	e, err := NewEnv([]ota.Flash{bad, good}, nil)
 	require.NoError(t, err)
 	require.NoError(t, e.Write(t.Context(), Set("b", "2")))
 	require.True(t, bad.written)
