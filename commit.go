@@ -196,10 +196,18 @@ func (d *Device) watch(ctx context.Context) error {
 	if !d.onTrial(s) {
 		return nil
 	}
-	why, err := d.examine(ctx, s)
+	g := d.guard(ctx)
+	err := d.trial(ctx, s, g)
+	g.release(ctx, err)
+	return err
+}
+
+// trial sees the trial of s through, guarded by g.
+func (d *Device) trial(ctx context.Context, s BootState, g *guard) error {
+	why, err := d.examine(ctx, s, g)
 	if err == nil {
 		why = ReasonTimeout
-		if err = d.await(ctx, s, s.CommitTimeout == 0 || d.o.CommitWhenHealthy); err == nil {
+		if err = d.await(ctx, s, g, s.CommitTimeout == 0 || d.o.CommitWhenHealthy); err == nil {
 			return d.verdict(s.Trial)
 		}
 	}
@@ -208,6 +216,7 @@ func (d *Device) watch(ctx context.Context) error {
 	}
 	var rerr error
 	for range 3 {
+		g.feed(ctx)
 		rerr = d.revert(ctx, why, err.Error(), s.Trial)
 		switch {
 		case errors.Is(rerr, ErrCommitted), errors.Is(rerr, ErrReverted): // somebody was faster
@@ -225,6 +234,7 @@ func (d *Device) watch(ctx context.Context) error {
 	// Also if the revert could not be stored: the boot stage cannot store
 	// either, then, and does not start what it cannot count.
 	d.o.Logger.Warn("rebooting into the revert slot", "slot", s.Revert, "reason", why, "err", err)
+	g.feed(ctx) // the last time: a reboot that hangs is ended
 	return fmt.Errorf("%w: %w", ErrReverted, errors.Join(err, rerr, d.Reboot(ctx)))
 }
 
@@ -238,7 +248,7 @@ func (d *Device) verdict(id TrialID) error {
 
 // examine runs the hooks and checks. If one fails it says which, and why the
 // firmware must go.
-func (d *Device) examine(ctx context.Context, s BootState) (Reason, error) {
+func (d *Device) examine(ctx context.Context, s BootState, g *guard) (Reason, error) {
 	run := func(kind, name string, f func(context.Context) error) (Reason, error) {
 		limit := d.o.CheckTimeout
 		if limit <= 0 {
@@ -259,10 +269,16 @@ func (d *Device) examine(ctx context.Context, s BootState) (Reason, error) {
 		done := make(chan error, 1)
 		go func() { done <- noPanic(fctx, f) }()
 		var err error
-		select {
-		case err = <-done:
-		case <-fctx.Done():
-			err = fctx.Err()
+		for waiting := true; waiting; {
+			select {
+			case err = <-done:
+				waiting = false
+			case <-fctx.Done():
+				err = fctx.Err()
+				waiting = false
+			case <-g.due():
+				g.feed(ctx)
+			}
 		}
 		if err == nil {
 			return ReasonNone, nil
@@ -301,9 +317,12 @@ func noPanic(ctx context.Context, f func(context.Context) error) (err error) {
 
 // await returns nil when the trial of s is over, and an error when its time is.
 // With commit it ends the trial itself, and does not give up if that fails.
-func (d *Device) await(ctx context.Context, s BootState, commit bool) error {
+func (d *Device) await(ctx context.Context, s BootState, g *guard, commit bool) error {
+	next := time.Now() // attempt to commit
 	for {
-		if commit {
+		if commit && !time.Now().Before(next) {
+			g.feed(ctx)
+			next = time.Now().Add(watchInterval)
 			err := d.commit(ctx, s.Trial)
 			if err == nil {
 				return nil
@@ -327,9 +346,14 @@ func (d *Device) await(ctx context.Context, s BootState, commit bool) error {
 			}
 			wait = min(wait, left)
 		}
+		if commit {
+			wait = min(wait, time.Until(next))
+		}
 		select {
 		case <-changed:
 		case <-time.After(wait):
+		case <-g.due():
+			g.feed(ctx)
 		case <-ctx.Done():
 			return ctx.Err()
 		}

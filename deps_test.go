@@ -18,6 +18,9 @@ func TestImports(t *testing.T) {
 	const self = "github.com/slotota/ota"
 	allowed := map[string][]string{
 		self + "/bundle/trust":   {"golang.org/x/mod/sumdb/note"},
+		self + "/flash/mtdflash": {"golang.org/x/sys/unix"},
+		self + "/flash/ubiflash": {"golang.org/x/sys/unix"},
+		self + "/watchdog":       {"golang.org/x/sys/unix"},
 		self + "/rpcjson/serial": {"go.bug.st/serial"},
 		self + "/bundle":         {"github.com/klauspost/compress/zstd", "golang.org/x/mod/sumdb/note"},
 		self + "/rpcjson/ws":     {"github.com/coder/websocket"},

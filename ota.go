@@ -80,6 +80,19 @@ type Options struct {
 	// Reset restarts the device. nil makes Reboot return ErrUnsupported.
 	Reset func(ctx context.Context) error
 
+	// Watchdog, if not nil, opens and starts a hardware watchdog. Watch does so for
+	// a trial, and feeds it while hooks and checks run within their time and while it
+	// waits for the commit: if the kernel hangs, or the process hangs or ends, the
+	// device is reset and goes back. The watchdog is disarmed after the commit, but
+	// left running before a reboot, and when the context of Watch ends, so that it
+	// bounds the time until another process continues the trial. It is not fed while
+	// the boot state is stored: its timeout must be longer than that takes. If
+	// it cannot be opened the trial goes on without.
+	Watchdog func(ctx context.Context) (Watchdog, error)
+	// Health, if not nil, says what would stop a rollback on this machine. Status
+	// calls it, and so it should not do more than read a few small files.
+	Health func() []Finding
+
 	// OnEvent is told about every change of phase and, at most ten times per
 	// second, about progress. Calls come from the goroutine that does the
 	// work, one at a time, and delay it. They must not call a method of the
@@ -228,6 +241,8 @@ type Status struct {
 	Remaining time.Duration
 	// Trial says that the running firmware is on trial.
 	Trial bool
+	// Findings are what Options.Health says.
+	Findings []Finding
 }
 
 // Open returns the device that consists of slots, numbered from 0 in their
@@ -849,6 +864,9 @@ func (d *Device) Status() Status {
 		if left, err := d.remaining(s.State); err == nil {
 			s.Remaining = max(left, 0)
 		}
+	}
+	if d.o.Health != nil {
+		s.Findings = d.o.Health()
 	}
 	return s
 }

@@ -42,6 +42,16 @@ func (c *Client) Status(ctx context.Context) (s DeviceStatus, err error) {
 	return s, err
 }
 
+// Findings returns what the device finds that would stop a rollback; nothing if it
+// does not look. It calls OTA.Status with a parameter that other devices ignore.
+func (c *Client) Findings(ctx context.Context) ([]ota.Finding, error) {
+	var res struct {
+		Findings []ota.Finding `json:"findings"`
+	}
+	err := c.Call(ctx, "OTA.Status", map[string]bool{"findings": true}, &res)
+	return res.Findings, err
+}
+
 // BootState calls OTA.GetBootState.
 func (c *Client) BootState(ctx context.Context) (s ota.BootState, err error) {
 	err = c.Call(ctx, "OTA.GetBootState", nil, &s)

@@ -33,6 +33,7 @@ type fakeDevice struct {
 	progress  float64
 	calledOff bool // Revert leaves nothing to reboot for
 	pending   bool
+	findings  []ota.Finding
 	// update replaces the reading of the image.
 	update func(ctx context.Context, r io.Reader) (ota.UpdateResult, error)
 }
@@ -125,7 +126,7 @@ func (d *fakeDevice) SetBootState(_ context.Context, p ota.BootStatePatch) error
 func (d *fakeDevice) Status() ota.Status {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return ota.Status{State: d.state, Busy: d.busy, Progress: d.progress, RebootPending: d.pending}
+	return ota.Status{State: d.state, Busy: d.busy, Progress: d.progress, RebootPending: d.pending, Findings: d.findings}
 }
 func (d *fakeDevice) Reboot(context.Context) error {
 	d.mu.Lock()

@@ -1,6 +1,7 @@
 package rpcjson
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -245,8 +246,19 @@ const (
 	stateSuccess
 )
 
-func (s *Server) otaStatus(context.Context, *Request) (any, error) {
-	return s.status(s.current()), nil
+// otaStatus has a parameter that the original has not: findings. Without it the
+// reply, which clients poll, stays small.
+func (s *Server) otaStatus(_ context.Context, r *Request) (any, error) {
+	res := s.status(s.current())
+	if findings, _ := r.Args.Bool("findings"); !findings {
+		return res, nil
+	}
+	list, err := json.Marshal(s.d.Status().Findings)
+	if err != nil {
+		return nil, err
+	}
+	res = append(bytes.TrimSuffix(res, []byte("}")), `, "findings": `...)
+	return json.RawMessage(append(append(res, list...), '}')), nil
 }
 
 // status returns the result of OTA.Status as of update u, nil if there was none.

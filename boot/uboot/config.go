@@ -90,9 +90,9 @@ type Config struct {
 	// Options are those of the environment; Size comes from the file. Flags is
 	// taken from the kind of storage unless it is [Boolean] here.
 	Options EnvOptions
-	// OpenFlash opens the storage of a copy that is not a regular file, a block
-	// device or a UBI volume, such as /dev/mtd0. It returns the region that
-	// starts with the environment, and the scheme that goes with it.
+	// OpenFlash opens the storage of a copy that is neither a regular file nor a
+	// block device, such as /dev/mtd0. It returns the region that starts with the
+	// environment, and the scheme that goes with it. nil means [OpenDevice].
 	OpenFlash func(l Location) (ota.Flash, Flags, error)
 	// Locks are files that are locked while the environment is read or
 	// written. nil means those of fw_printenv and fw_setenv, old and new.
@@ -151,6 +151,13 @@ func Open(c *Config) (*Env, error) {
 }
 
 func openLocation(c *Config, l Location, single bool) (ota.Flash, Flags, error) {
+	openFlash := c.OpenFlash
+	if openFlash == nil {
+		openFlash = OpenDevice
+	}
+	if strings.Contains(filepath.Base(l.Path), ":") { // ubi0:env
+		return openFlash(l)
+	}
 	info, err := os.Stat(l.Path)
 	if err != nil {
 		return nil, 0, err
@@ -158,10 +165,7 @@ func openLocation(c *Config, l Location, single bool) (ota.Flash, Flags, error) 
 	mode := info.Mode()
 	block := mode&os.ModeDevice != 0 && mode&os.ModeCharDevice == 0
 	if !mode.IsRegular() && !block {
-		if c.OpenFlash == nil {
-			return nil, 0, fmt.Errorf("%s is neither a file nor a block device: %w", ota.Quote(l.Path), ota.ErrUnsupported)
-		}
-		return c.OpenFlash(l)
+		return openFlash(l)
 	}
 	f := file{path: l.Path, off: l.Offset, size: l.Size}
 	if l.Offset < 0 {

@@ -307,6 +307,8 @@ type view struct {
 	Info   sysInfo              `json:"info"`
 	Status rpcjson.DeviceStatus `json:"status"`
 	State  ota.BootState        `json:"boot_state"`
+	// Findings are what the device reports that would stop a rollback.
+	Findings []ota.Finding `json:"findings,omitempty"`
 }
 
 func (d *device) look(ctx context.Context) (v view, err error) {
@@ -362,6 +364,9 @@ func status(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 		if err == nil && *follow {
 			v, err = d.settle(ctx, v)
 		}
+		if err == nil {
+			v.Findings, err = d.Findings(ctx)
+		}
 		if err != nil {
 			return err
 		}
@@ -381,6 +386,7 @@ func status(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 			d.e.printf("progress  %.0f %%\n", st.Percent)
 		}
 		d.e.printState(s)
+		d.e.printFindings(v.Findings)
 		return nil
 	})
 }

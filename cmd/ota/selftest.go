@@ -9,6 +9,7 @@ import (
 
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/boot/bootrecord"
+	"github.com/slotota/ota/boot/health"
 	"github.com/slotota/ota/boottest"
 	"github.com/slotota/ota/flash/fileflash"
 	"github.com/slotota/ota/flashtest"
@@ -19,12 +20,14 @@ func selftest(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 	fs.Var(&flashes, "flash", "`file` or block device to be tested as flash")
 	fs.Var(&copies, "record", "`file` of a copy of the boot record, which must not exist; give all copies")
 	overwrite := fs.Bool("overwrite", false, "agree that what -flash names loses its content")
+	report := fs.Bool("health", false, "report what would stop a rollback on this machine (Linux)")
+	root := fs.String("root", "/", "with -health: `directory` that proc and sys are in")
 	return func(ctx context.Context, e *env, args []string) error {
 		switch {
 		case len(args) > 0:
 			return want(args, 0, 0)
-		case len(flashes)+len(copies) == 0:
-			return usagef("need -flash or -record")
+		case len(flashes)+len(copies) == 0 && !*report:
+			return usagef("need -flash, -record or -health")
 		case len(flashes) > 0 && !*overwrite:
 			return fail(exitUsage, "add -overwrite if that is what you want", "the content of %s would be lost", flashes[0])
 		}
@@ -37,6 +40,16 @@ func selftest(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 				return
 			}
 			e.printf("%s: %s\n", what, e.paint(32, "ok"))
+		}
+		if *report {
+			found := health.Check(ctx, &health.Options{Root: *root})
+			e.printFindings(found)
+			check("health", func() error {
+				if health.Worst(found) == ota.Critical {
+					return errors.New("a firmware that does not work may never be rolled back")
+				}
+				return nil
+			})
 		}
 		for _, name := range flashes {
 			check("flash "+plain(name), func() error {
@@ -51,6 +64,21 @@ func selftest(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 			check("boot record", func() error { return checkRecord(ctx, copies) })
 		}
 		return errors.Join(errs...)
+	}
+}
+
+// printFindings prints what would stop a rollback.
+func (e *env) printFindings(fs []ota.Finding) {
+	colours := map[ota.Severity]int{ota.Critical: 31, ota.Warning: 33, ota.Note: 36}
+	for _, f := range fs {
+		colour, known := colours[f.Severity]
+		if !known {
+			colour = 36
+		}
+		e.printf("%s %s: %s\n", e.paint(colour, plain(string(f.Severity))), plain(f.ID), plain(f.What))
+		if f.Remedy != "" {
+			e.printf("  remedy: %s\n", plain(f.Remedy))
+		}
 	}
 }
 

@@ -1,0 +1,91 @@
+package uboot
+
+import (
+	"encoding/binary"
+	"hash/crc32"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/slotota/ota"
+	"github.com/slotota/ota/flash/memflash"
+	"github.com/slotota/ota/flash/mtdflash"
+	"github.com/slotota/ota/flash/ubiflash"
+)
+
+// What a line of fw_env.config means for an MTD device.
+func TestMTDOptions(t *testing.T) {
+	for _, tc := range []struct {
+		l    Location
+		want mtdflash.Options
+	}{
+		{Location{Size: 0x2000}, mtdflash.Options{Length: 0x2000, Size: 0x2000}},
+		{Location{Offset: 0x40000, Size: 0x2000, SectorSize: 0x10000}, mtdflash.Options{Offset: 0x40000, Length: 0x10000, Size: 0x2000}},
+		{Location{Size: 0x20000, SectorSize: 0x10000}, mtdflash.Options{Length: 0x20000, Size: 0x20000}},
+		{Location{Size: 0x20000, SectorSize: 0x20000, Sectors: 4}, mtdflash.Options{Length: 0x80000, Size: 0x20000}},
+		{Location{Size: 0x20000, SectorSize: 0x10000, Sectors: 1}, mtdflash.Options{Length: 0x20000, Size: 0x20000}},
+	} {
+		require.Equal(t, tc.want, *mtdOptions(tc.l))
+	}
+	require.Equal(t, Boolean, mtdFlags(mtdflash.NOR))
+	require.Equal(t, Boolean, mtdFlags(mtdflash.DataFlash))
+	require.Equal(t, Incremental, mtdFlags(mtdflash.NAND))
+}
+
+func TestOpenDevice(t *testing.T) {
+	_, _, err := OpenDevice(Location{Path: "/dev/ubi0_0", Offset: 1, Size: 100})
+	require.ErrorIs(t, err, ota.ErrInvalid)
+	v, flags, err := OpenDevice(Location{Path: filepath.Join(t.TempDir(), "ubi0_0"), Size: 100})
+	require.NoError(t, err)
+	require.Equal(t, Incremental, flags)
+	require.EqualValues(t, 100, v.Size())
+	_, err = v.ReadAt(make([]byte, 1), 0)
+	require.Error(t, err)
+	_, err = v.WriteAt(make([]byte, 99), 0)
+	require.ErrorIs(t, err, ota.ErrInvalid)
+	_, _, err = OpenDevice(Location{Path: filepath.Join(t.TempDir(), "mtd0"), Size: 100})
+	require.Error(t, err)
+}
+
+// interrupted is a volume until it is written.
+type interrupted struct {
+	ota.Flash
+	written bool
+}
+
+func (f *interrupted) ReadAt(p []byte, off int64) (int, error) {
+	if !f.written {
+		return readCopy(unreadable{f.Flash}, p, off)
+	}
+	return f.Flash.ReadAt(p, off)
+}
+
+func (f *interrupted) WriteAt(p []byte, off int64) (int, error) {
+	f.written = true
+	return f.Flash.WriteAt(p, off)
+}
+
+type unreadable struct{ ota.Flash }
+
+func (unreadable) ReadAt([]byte, int64) (int, error) { return 0, ubiflash.ErrInterrupted }
+
+// A power cut during the update of a volume costs one copy, which is written anew.
+func TestInterruptedVolume(t *testing.T) {
+	const size = 512
+	good := memflash.New(memflash.Config{Size: size})
+	raw := make([]byte, size)
+	require.NoError(t, format(raw[5:], Vars{{"a", "1"}}))
+	binary.LittleEndian.PutUint32(raw, crc32.ChecksumIEEE(raw[5:]))
+	raw[4] = 7
+	_, err := good.WriteAt(raw, 0)
+	require.NoError(t, err)
+	bad := &interrupted{Flash: memflash.New(memflash.Config{Size: size})}
+	e, err := NewEnv([]ota.Flash{bad, good}, nil)
+	require.NoError(t, err)
+	require.NoError(t, e.Write(t.Context(), Set("b", "2")))
+	require.True(t, bad.written)
+	v, err := e.Read(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, Vars{{"a", "1"}, {"b", "2"}}, v)
+}
