@@ -35,6 +35,7 @@ import (
 
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/boot/bootrecord"
+	"github.com/slotota/ota/boot/health"
 	"github.com/slotota/ota/bundle"
 	"github.com/slotota/ota/flash/fileflash"
 	"github.com/slotota/ota/rpcjson"
@@ -139,6 +140,9 @@ func run(ctx context.Context, c config, l net.Listener) error {
 	}
 
 	opts := &ota.Options{Platform: c.platform, Reset: c.reboot, Logger: c.log}
+	opts.Health = func() []ota.Finding {
+		return health.Check(ctx, &health.Options{Running: record.Running})
+	}
 	if c.health != "" {
 		opts.Checks = []ota.Check{{Name: "health", Run: func(ctx context.Context) error { return healthy(ctx, c.health) }}}
 	}
