@@ -4,7 +4,9 @@
 //
 // A bundle is read as a stream and becomes an [ota.Image]. Memory is bounded,
 // whatever the bundle holds and however long it is: the manifest of at most 64
-// KiB in parsed form, the headers of at most 65 entries, and 36 KiB of buffers.
+// KiB in parsed form, the headers of at most 65 entries, 4 KiB of buffers, and
+// what the [Policy] allows for digests and decompression. docs/BUNDLE.md
+// specifies the format.
 //
 //	policy := &bundle.Policy{Keys: []*ecdsa.PublicKey{key}}
 //	image, err := policy.Open(ctx, body)
@@ -18,8 +20,8 @@
 // An archive that has exactly one meaning. Its bytes are, without anything
 // between, before or after them: the entries, of which manifest.json is the
 // first; the directory, with the same entries in the same order and the same
-// fields; the end record. Entries are stored, not compressed, and say how long
-// they are. Their names are plain, optionally in one directory that is the
+// fields; the end record. Entries are stored or, as by mos create-fw-bundle
+// --compress, deflate, and say how long they are. Their names are plain, optionally in one directory that is the
 // same for all. Every entry is the file of exactly one part of the manifest
 // and every part has its file. Comments, extra fields other than 0x293a of the
 // manifest, zip64 and encryption are refused.
@@ -27,6 +29,16 @@
 // That is what the build system and the bundle tool of Mongoose OS make, and
 // what its devices install. An archive that was unpacked and zipped again
 // usually is refused, with a message that says so.
+//
+// # Compression, chunks, random access
+//
+// What Mongoose OS does not know stands in the member "ota" of the manifest. A
+// part may be stored as independent zstd frames, and have digests of its chunks
+// ([Packing], [Storage]); both are listed in an index that comes directly after
+// the manifest, so that every frame is checked before it is decoded, and every
+// chunk before it is written. Frames are decoded several at a time.
+// [Policy.OpenRanges] reads only those that are wanted. Devices of Mongoose OS
+// refuse bundles with compressed parts at the first header.
 //
 // # Signatures
 //

@@ -590,7 +590,7 @@ func TestErrorInOrder(t *testing.T) {
 
 // Frames cost no memory of their own.
 func TestAllocations(t *testing.T) {
-	const frame = 4096
+	const frame = 512
 	allocs := func(frames, workers int) float64 {
 		file := pack(t, map[string][]byte{"a": text(frames*frame, 1)}, map[string]bundle.Packing{"a": {Encoding: bundle.EncodingZstd, Frame: frame, Chunk: -1}}, nil)
 		buf := make([]byte, 1000)
@@ -607,6 +607,6 @@ func TestAllocations(t *testing.T) {
 	for _, workers := range []int{1, 3} {
 		few, many := allocs(20, workers), allocs(520, workers)
 		t.Logf("%d workers: %v allocations for 20 frames, %v for 520", workers, few, many)
-		require.Less(t, many-few, 50.0)
+		require.Less(t, many-few, 400.0, "not one a frame; under the race detector pools lose some")
 	}
 }

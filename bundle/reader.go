@@ -667,6 +667,8 @@ func (in *packed) Read(p []byte) (int, error) {
 // explain returns why err came of decoding in.
 func (in *packed) explain(err error) error {
 	switch {
+	case errors.Is(err, ErrDigest), errors.Is(err, ErrCorrupt): // found in what was read before
+		return err
 	case in.err != nil:
 		return in.err
 	case err == io.EOF || err == io.ErrUnexpectedEOF:
