@@ -19,6 +19,7 @@ func TestImports(t *testing.T) {
 	allowed := map[string][]string{
 		self + "/bundle/trust":   {"golang.org/x/mod/sumdb/note"},
 		self + "/rpcjson/serial": {"go.bug.st/serial"},
+		self + "/cmd/ota":        {"github.com/klauspost/compress/zstd"},
 		self + "/bundle":         {"github.com/klauspost/compress/zstd", "golang.org/x/mod/sumdb/note"},
 	}
 	out, err := exec.Command("go", "list", "-deps", "-f",

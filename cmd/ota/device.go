@@ -380,6 +380,9 @@ func status(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 		if st.State == rpcjson.StateProgress {
 			d.e.printf("progress  %.0f %%\n", st.Percent)
 		}
+		if st.Downloaded+st.Read+st.Copied+st.Skipped+st.Written > 0 {
+			d.e.printf("bytes     %d downloaded, %d read, %d copied, %d skipped, %d written\n", st.Downloaded, st.Read, st.Copied, st.Skipped, st.Written)
+		}
 		d.e.printState(s)
 		return nil
 	})
