@@ -31,6 +31,7 @@ type fakeDevice struct {
 	patch     ota.BootStatePatch
 	reboots   []time.Time
 	progress  float64
+	counts    ota.Counts
 	calledOff bool // Revert leaves nothing to reboot for
 	pending   bool
 	// update replaces the reading of the image.
@@ -125,7 +126,7 @@ func (d *fakeDevice) SetBootState(_ context.Context, p ota.BootStatePatch) error
 func (d *fakeDevice) Status() ota.Status {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return ota.Status{State: d.state, Busy: d.busy, Progress: d.progress, RebootPending: d.pending}
+	return ota.Status{State: d.state, Busy: d.busy, Progress: d.progress, RebootPending: d.pending, Counts: d.counts}
 }
 func (d *fakeDevice) Reboot(context.Context) error {
 	d.mu.Lock()
