@@ -258,8 +258,8 @@ func (s *simulation) event(e ota.Event) {
 		s.e.notef("%s failed: %v", e.Op, e.Err)
 	case e.Phase == ota.PhaseDone:
 		s.e.notef("%s done", e.Op)
-		if c := e.Counts; e.Op == "update" || e.Op == "snapshot" {
-			s.e.notef("bytes: %d downloaded, %d read, %d copied, %d skipped, %d written", c.Downloaded, c.Read, c.Copied, c.Skipped, c.Written)
+		if e.Op == "update" || e.Op == "snapshot" {
+			s.e.notef("bytes: %s", countsText(e.Counts))
 		}
 	}
 }
