@@ -22,6 +22,7 @@ func TestImports(t *testing.T) {
 		self + "/flash/ubiflash": {"golang.org/x/sys/unix"},
 		self + "/watchdog":       {"golang.org/x/sys/unix"},
 		self + "/rpcjson/serial": {"go.bug.st/serial"},
+		self + "/cmd/ota":        {"github.com/klauspost/compress/zstd"},
 		self + "/bundle":         {"github.com/klauspost/compress/zstd", "golang.org/x/mod/sumdb/note"},
 		self + "/rpcjson/ws":     {"github.com/coder/websocket"},
 		self + "/rpcjson/mqtt":   {"github.com/eclipse/paho.mqtt.golang"},

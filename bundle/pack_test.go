@@ -299,6 +299,34 @@ func TestSelectOne(t *testing.T) {
 	require.Less(t, src.bytes-before, int64(1000))
 }
 
+// metered is a bundle on a server.
+type metered struct {
+	bundle.Source
+	io.Reader
+	n int64
+}
+
+func (m *metered) Downloaded() int64 { return m.n }
+
+// A bundle tells what was downloaded of it if what it is read from does.
+func TestDownloaded(t *testing.T) {
+	file := pack(t, map[string][]byte{"a": text(100000, 1)}, nil, nil)
+	src := &metered{Source: source(file), Reader: bytes.NewReader(file), n: 123}
+	b, err := lax.OpenRanges(t.Context(), src)
+	require.NoError(t, err)
+	require.EqualValues(t, 123, b.Downloaded())
+	b, err = lax.Open(t.Context(), src)
+	require.NoError(t, err)
+	src.n = 456
+	require.EqualValues(t, 456, b.Downloaded())
+	b, err = lax.Open(t.Context(), bytes.NewReader(file))
+	require.NoError(t, err)
+	require.Zero(t, b.Downloaded())
+	b, err = lax.OpenRanges(t.Context(), source(file))
+	require.NoError(t, err)
+	require.Zero(t, b.Downloaded())
+}
+
 func TestSelectRefused(t *testing.T) {
 	const chunk, size = 512, 5*512 + 100
 	file, _ := mixed(t, chunk, 1024, size, nil)

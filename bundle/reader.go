@@ -20,7 +20,7 @@ import (
 )
 
 // Reader reads a bundle from its beginning to its end, once. It is an
-// [ota.Image]. It is not for concurrent use.
+// [ota.Image]. It is not for concurrent use, but for Downloaded.
 //
 // Next yields the parts that have a file in the order of the archive, then the
 // fill parts, and then io.EOF. Before the fill parts it reads the archive's
@@ -309,6 +309,20 @@ func (r *Reader) describe(p *Policy, signers []string) error {
 // Info implements [ota.Image]. SHA256 of a fill part is computed from its
 // description. Parts that are not to be installed are not listed.
 func (r *Reader) Info() ota.ImageInfo { return r.info }
+
+// Downloaded implements [ota.Downloader] if what r reads does: the reader given to
+// [Policy.Open], or the [Source]. Otherwise it returns 0. It may be called at any
+// time.
+func (r *Reader) Downloaded() int64 {
+	var from any = r.src.r
+	if r.at != nil {
+		from = r.at.src
+	}
+	if d, ok := from.(ota.Downloader); ok {
+		return d.Downloaded()
+	}
+	return 0
+}
 
 // Manifest returns the manifest. It must not be changed.
 func (r *Reader) Manifest() *Manifest { return r.m }

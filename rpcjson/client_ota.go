@@ -34,6 +34,13 @@ type DeviceStatus struct {
 	// NextOffset is the offset of the data that a push session expects, if it
 	// has taken any; 0 also if the device does not tell.
 	NextOffset int64 `json:"next_offset,omitempty"`
+	// The counts of [ota.Counts] for the newest OTA.Update since the start, in
+	// bytes; all 0 also if the device does not tell.
+	Downloaded int64 `json:"downloaded,omitempty"`
+	Read       int64 `json:"read,omitempty"`
+	Copied     int64 `json:"copied,omitempty"`
+	Skipped    int64 `json:"skipped,omitempty"`
+	Written    int64 `json:"written,omitempty"`
 }
 
 // Status calls OTA.Status.

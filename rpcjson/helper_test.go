@@ -31,6 +31,7 @@ type fakeDevice struct {
 	patch     ota.BootStatePatch
 	reboots   []time.Time
 	progress  float64
+	counts    ota.Counts
 	calledOff bool // Revert leaves nothing to reboot for
 	pending   bool
 	findings  []ota.Finding
@@ -126,7 +127,7 @@ func (d *fakeDevice) SetBootState(_ context.Context, p ota.BootStatePatch) error
 func (d *fakeDevice) Status() ota.Status {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return ota.Status{State: d.state, Busy: d.busy, Progress: d.progress, RebootPending: d.pending, Findings: d.findings}
+	return ota.Status{State: d.state, Busy: d.busy, Progress: d.progress, RebootPending: d.pending, Findings: d.findings, Counts: d.counts}
 }
 func (d *fakeDevice) Reboot(context.Context) error {
 	d.mu.Lock()

@@ -294,6 +294,10 @@ func (s *Server) status(u *update) json.RawMessage {
 			pairs = append(pairs, "next_offset", next)
 		}
 	}
+	// Nor this: where the bytes came from, and what became of them.
+	if c := st.Counts; u != nil && u.push == nil && c != (ota.Counts{}) {
+		pairs = append(pairs, "downloaded", c.Downloaded, "read", c.Read, "copied", c.Copied, "skipped", c.Skipped, "written", c.Written)
+	}
 	return object(pairs...)
 }
 

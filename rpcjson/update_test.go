@@ -504,3 +504,15 @@ func TestDownloadIsClosed(t *testing.T) {
 		}
 	}
 }
+
+// OTA.Status tells what a pull has cost, once there was one.
+func TestStatusCounts(t *testing.T) {
+	d := newFake()
+	d.counts = ota.Counts{Downloaded: 1, Read: 2, Copied: 3, Skipped: 4, Written: 5}
+	s := newTest(t, d, func(o *Options) {
+		o.HTTPClient = &http.Client{Transport: roundTrip(func(*http.Request) *http.Response { return response(200, "firmware") })}
+	})
+	require.NotContains(t, do(t, s, "OTA.Status", ""), "downloaded")
+	require.Equal(t, `"result":true`, do(t, s, "OTA.Update", `{"url":"https://h/"}`))
+	require.Contains(t, do(t, s, "OTA.Status", ""), `, "downloaded": 1, "read": 2, "copied": 3, "skipped": 4, "written": 5}`)
+}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"archive/zip"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -90,6 +91,7 @@ type creation struct {
 	sign, attr, extraAttr  list
 	note                   list
 	asJSON                 bool
+	packing
 
 	m     bundle.Manifest
 	files map[string]bundle.File
@@ -117,6 +119,7 @@ func create(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 	fs.StringVar(&m.Description, "description", "", "`text` for people")
 	fs.Uint64Var(&m.Security, "security", 0, "security version: devices refuse what is older than what they have committed: `N`")
 	fs.BoolVar(&c.asJSON, "json", false, "print the result as JSON")
+	c.define(fs)
 	return func(ctx context.Context, e *env, args []string) error {
 		if err := want(args, 0, 0); err != nil {
 			return err
@@ -136,7 +139,7 @@ func create(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 
 // collect puts together the manifest and the files.
 func (c *creation) collect(ctx context.Context, e *env, m *bundle.Manifest) error {
-	c.files = map[string]bundle.File{}
+	c.files, c.was, c.only = map[string]bundle.File{}, map[string]bundle.Packing{}, map[string]bundle.Encoding{}
 	var err error
 	switch {
 	case c.out == "":
@@ -198,7 +201,7 @@ func (c *creation) collect(ctx context.Context, e *env, m *bundle.Manifest) erro
 	case c.m.Platform == "" || c.m.Version == "":
 		return usagef("need -platform and -version")
 	}
-	return nil
+	return c.pack(&c.m)
 }
 
 func (c *creation) fromBundle(ctx context.Context, e *env) error {
@@ -220,8 +223,20 @@ func (c *creation) fromBundle(ctx context.Context, e *env) error {
 	if a.signed() && len(c.sign)+len(c.note) == 0 {
 		e.notef("the manifest is written anew, so the signatures of %s are left out", c.from)
 	}
+	for i := range c.m.Parts {
+		c.was[c.m.Parts[i].Name] = a.packing(&c.m.Parts[i])
+	}
+	c.dropIndex()
 	c.files, err = a.files()
 	return err
+}
+
+// dropIndex leaves out the part that is made anew.
+func (c *creation) dropIndex() {
+	if name := c.m.Index; name != "" {
+		c.m.Parts = slices.DeleteFunc(c.m.Parts, func(p bundle.Part) bool { return p.Name == name })
+		c.m.Index = ""
+	}
 }
 
 func (c *creation) fromDir() error {
@@ -232,10 +247,12 @@ func (c *creation) fromDir() error {
 			return fmt.Errorf("%s: %w", c.dir, err)
 		}
 		c.m = *m
-		for _, p := range m.Parts {
+		c.dropIndex()
+		for _, p := range c.m.Parts {
 			if p.Src == "" {
 				continue
 			}
+			c.was[p.Name] = p.Packing()
 			if c.files[p.Src], err = c.file(filepath.Join(c.dir, p.Src)); err != nil {
 				return err
 			}
@@ -327,6 +344,8 @@ func (c *creation) part(spec string) error {
 			var update bool
 			update, err = strconv.ParseBool(v)
 			p.NoUpdate = !update
+		case k == "compress":
+			c.only[name], err = parseEncoding(v)
 		case strings.HasPrefix(k, "cs_"):
 			return bad("digests are computed")
 		case v == "":
@@ -374,12 +393,27 @@ func (c *creation) write(ctx context.Context, e *env) error {
 	if err != nil {
 		return err
 	}
-	// Everything is read twice.
+	o := &bundle.WriteOptions{Keys: keys, NoteKeys: noteKeys, Attrs: c.attrs, Dir: c.prefix, Pack: c.how, Workers: c.workers()}
+	if c.compressed() {
+		f, remove, err := scratch(c.out)
+		if err != nil {
+			return err
+		}
+		defer remove()
+		o.Scratch = f
+	}
+	// Everything is read twice, but what is compressed.
 	bar := e.bar("create")
 	defer bar.end()
 	var done, total int64
-	for name, f := range c.files {
-		total += 2 * f.Size()
+	for _, p := range c.m.Parts {
+		name, f := p.Src, c.files[p.Src]
+		if f == nil {
+			continue
+		}
+		if total += f.Size(); c.how[p.Name].Encoding == bundle.EncodingNone {
+			total += f.Size()
+		}
 		c.files[name] = counted{f, func(n int) {
 			done += int64(n)
 			bar.show(done, total)
@@ -389,7 +423,7 @@ func (c *creation) write(ctx context.Context, e *env) error {
 	var size int64
 	err = e.writeFile(c.out, func(w io.Writer) error {
 		n := counter{w: io.MultiWriter(w, sum)}
-		err := bundle.Write(ctx, &n, &c.m, c.files, &bundle.WriteOptions{Keys: keys, NoteKeys: noteKeys, Attrs: c.attrs, Dir: c.prefix})
+		err := bundle.Write(ctx, &n, &c.m, c.files, o)
 		size = n.n
 		return err
 	})
@@ -523,7 +557,11 @@ type inspectedPart struct {
 	File   string  `json:"file,omitempty"`
 	Size   int64   `json:"size"`
 	Stored int64   `json:"stored"`
-	Ratio  float64 `json:"ratio"` // Stored / Size
+	Ratio  float64 `json:"ratio"`              // Stored / Size
+	Coding string  `json:"encoding,omitempty"` // deflate or zstd
+	Frame  int64   `json:"frame,omitempty"`
+	Window int64   `json:"window,omitempty"`
+	Chunk  int64   `json:"chunk,omitempty"`
 	SHA256 string  `json:"sha256,omitempty"`
 	SHA1   string  `json:"sha1,omitempty"`
 	Fill   *byte   `json:"fill,omitempty"`
@@ -606,6 +644,9 @@ func inspect(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 		var bad *bundle.Error
 		if errors.As(err, &bad) {
 			in := inspection{File: args[0], Error: bad.Error(), Mongoose: refusals(bad)}
+			if compressed(args[0]) {
+				in.Mongoose = refuseCompressed()
+			}
 			if *asJSON {
 				return errors.Join(e.printJSON(in), err)
 			}
@@ -650,10 +691,9 @@ func (a *archive) inspect() *inspection {
 		Signatures: []signature{}, Mongoose: a.mongoose()}
 	for _, p := range m.Parts {
 		q := inspectedPart{Name: p.Name, Type: p.Type, File: p.Src, Size: p.Size, Fill: p.Fill, Update: !p.NoUpdate}
-		for _, z := range a.zip.File {
-			if p.Src != "" && z.Name == a.dir()+p.Src {
-				q.Stored = int64(z.CompressedSize64)
-			}
+		if z := a.entry(&p); z != nil {
+			k := a.packing(&p)
+			q.Stored, q.Coding, q.Frame, q.Window, q.Chunk = int64(z.CompressedSize64), string(k.Encoding), k.Frame, k.Window, max(k.Chunk, 0)
 		}
 		if p.Size > 0 {
 			q.Ratio = float64(q.Stored) / float64(p.Size)
@@ -673,6 +713,9 @@ func (a *archive) inspect() *inspection {
 // of their update engine (mongoose-os-libs/ota-common, src/mgos_updater_common.c,
 // and the prebuilt libraries of later versions).
 func (a *archive) mongoose() map[string]string {
+	if first := a.zip.File[0]; first.Method != zip.Store && first.CompressedSize64 != first.UncompressedSize64 {
+		return refuseCompressed()
+	}
 	m := a.r.Manifest()
 	old := "installs it on " + ota.Quote(m.Platform) + "; checks CRC-32 and SHA-1, no signatures"
 	switch {
@@ -701,7 +744,31 @@ func (a *archive) mongoose() map[string]string {
 	default:
 		g3 += "; and signatures, if it has keys of the same index (update.key0 ...)"
 	}
+	for i := range m.Parts {
+		if a.packing(&m.Parts[i]).Encoding != bundle.EncodingNone { // by another tool, which left the manifest as it is
+			old, g3 = "refuses it, or installs garbage", "refuses it, or installs garbage"
+		}
+	}
 	return map[string]string{"G1": old, "G2": old, "G3": g3}
+}
+
+// refuseCompressed tells what they say to a compressed manifest, whose header is the
+// first thing that they read.
+func refuseCompressed() map[string]string {
+	const old, g3 = "refuses it at once: Cannot handle compressed .zip", "refuses it at once: -1 Compressed ZIP files are not supported"
+	return map[string]string{"G1": old, "G2": old, "G3": g3}
+}
+
+// compressed says whether the first entry of an archive that cannot be opened is.
+func compressed(name string) bool {
+	f, err := os.Open(name)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	b := make([]byte, 10)
+	_, err = io.ReadFull(f, b)
+	return err == nil && string(b[:4]) == "PK\x03\x04" && b[8] != byte(zip.Store)
 }
 
 // refusals tells what they say to a bundle that this library refuses.
@@ -736,11 +803,27 @@ func (e *env) printInspection(in *inspection) {
 	}
 	e.printf("\n")
 	w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(w, "PART\tTYPE\tFILE\tSIZE\tRATIO\tDIGEST")
+	packed := slices.ContainsFunc(in.Parts, func(p inspectedPart) bool { return p.Coding != "" || p.Chunk != 0 })
+	how := func(cells ...string) string { // only if there is anything to say
+		if !packed {
+			return ""
+		}
+		return strings.Join(cells, "\t") + "\t"
+	}
+	fmt.Fprintf(w, "PART\tTYPE\tFILE\tSIZE\t%sRATIO\t%sDIGEST\n", how("STORED"), how("ENCODING", "FRAME", "WINDOW", "CHUNK"))
+	size := func(n int64) string {
+		if n == 0 {
+			return "-"
+		}
+		return sizeText(n)
+	}
 	for _, p := range in.Parts {
-		file, ratio, digest := p.File, fmt.Sprintf("%.2f", p.Ratio), ""
+		file, ratio, digest, stored, coding := p.File, fmt.Sprintf("%.2f", p.Ratio), "", strconv.FormatInt(p.Stored, 10), p.Coding
 		if p.Fill != nil {
-			file, ratio = fmt.Sprintf("(all 0x%02x)", *p.Fill), "-"
+			file, ratio, stored = fmt.Sprintf("(all 0x%02x)", *p.Fill), "-", "-"
+		}
+		if coding == "" {
+			coding = "-"
 		}
 		switch {
 		case p.SHA256 != "":
@@ -751,7 +834,8 @@ func (e *env) printInspection(in *inspection) {
 		if !p.Update {
 			digest += " (not for updates)"
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%s\n", p.Name, plain(p.Type), file, p.Size, ratio, digest)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s%s\t%s%s\n", p.Name, plain(p.Type), file, p.Size,
+			how(stored), ratio, how(coding, size(p.Frame), size(p.Window), size(p.Chunk)), digest)
 	}
 	w.Flush()
 	e.printf("\n")
@@ -905,7 +989,7 @@ func extract(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 			switch {
 			case part == bundle.ManifestName:
 				names = append(names, part)
-			case p == nil || p.Src == "":
+			case p == nil || files[p.Src] == nil:
 				return fail(exitFailed, "ota inspect lists the parts", "%s has no file for a part %s", args[0], ota.Quote(part))
 			default:
 				names = append(names, p.Src)

@@ -33,10 +33,12 @@ func commands() []command {
 				"ota keygen -type note -name hsm -public hsm.pem -o hsm.pub"}, keygen},
 		{"create", "", "make a bundle from files, a directory or another bundle",
 			"The same input gives the same bytes. With SOURCE_DATE_EPOCH set, that is the build's time stamp, and its default build id.\n" +
-				"A part is NAME=FILE, then properties of the manifest (type=fs, ptn=fs_0, update=false, ...). NAME=,size=N,fill=B is a part without a file. NAME,PROPERTY=VALUE changes a part of the bundle or directory that the new one is made from.\n" +
-				"A directory holds manifest.json and the files it names, as ota extract writes them; or only files, each of which becomes a part with its name up to the first dot.",
+				"A part is NAME=FILE, then properties of the manifest (type=fs, ptn=fs_0, update=false, ...), and compress=none, deflate or zstd for how it is stored. NAME=,size=N,fill=B is a part without a file. NAME,PROPERTY=VALUE changes a part of the bundle or directory that the new one is made from.\n" +
+				"A directory holds manifest.json and the files it names, as ota extract writes them; or only files, each of which becomes a part with its name up to the first dot.\n" +
+				"Of bundles with zstd (-compress zstd) a device decodes several frames at a time, and downloads only the chunks that it has not got. Devices with Mongoose OS refuse bundles that are compressed, with zstd or with deflate.",
 			[]string{
 				"ota create -o fw.zip -name gateway -platform acme-gw2 -version 1.2 -part rootfs=rootfs.img -sign release.pem",
+				"ota create -o fw.zip -platform acme-gw2 -version 1.2 -compress zstd -profile dense -part rootfs=rootfs.img -part logo=logo.jpg,compress=none",
 				"ota create -o fw.zip -from old.zip -version 1.3 -part rootfs=new.img -remove docs",
 				"ota create -o fw.zip -dir build/ -platform esp32 -part nvs=,size=16384,fill=255",
 			}, create},

@@ -385,10 +385,22 @@ func status(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 		if st.State == rpcjson.StateProgress {
 			d.e.printf("progress  %.0f %%\n", st.Percent)
 		}
+		if c := countsOf(st); c != (ota.Counts{}) {
+			d.e.printf("bytes     %s\n", countsText(c))
+		}
 		d.e.printState(s)
 		d.e.printFindings(v.Findings)
 		return nil
 	})
+}
+
+// countsOf returns the counts of an update, all 0 if the device does not tell.
+func countsOf(s rpcjson.DeviceStatus) ota.Counts {
+	return ota.Counts{Downloaded: s.Downloaded, Read: s.Read, Copied: s.Copied, Skipped: s.Skipped, Written: s.Written}
+}
+
+func countsText(c ota.Counts) string {
+	return fmt.Sprintf("%d downloaded, %d read, %d copied, %d skipped, %d written", c.Downloaded, c.Read, c.Copied, c.Skipped, c.Written)
 }
 
 func call(fs *flag.FlagSet) func(context.Context, *env, []string) error {
@@ -645,6 +657,10 @@ func update(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 		bar.end()
 		if err != nil {
 			return err
+		}
+		// Until it reboots it knows.
+		if st, err := d.Status(ctx); err == nil && countsOf(st) != (ota.Counts{}) {
+			e.notef("bytes: %s", countsText(countsOf(st)))
 		}
 		// A device that has rebooted may not answer yet.
 		if s, err := d.BootState(ctx); err == nil && s.Committed && in.before.Committed && s.Active == in.before.Active {

@@ -16,11 +16,13 @@ import (
 	"math"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/klauspost/compress/zstd"
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/bundle"
 	"github.com/slotota/ota/bundle/trust"
@@ -34,6 +36,7 @@ type archive struct {
 	zip  *zip.Reader // for the places of the data
 	sigs [bundle.MaxKeys][]byte
 	note *trust.Note // or nil
+	open []*content
 }
 
 // signed says whether there is any signature.
@@ -64,7 +67,7 @@ func (a *archive) read(ctx context.Context) error {
 		return fmt.Errorf("not a regular file: %w", ota.ErrInvalid)
 	}
 	a.size = info.Size()
-	anybody := &bundle.Policy{AllowUnsigned: true, AllowSHA1: true}
+	anybody := &bundle.Policy{AllowUnsigned: true, AllowSHA1: true, MaxWindow: bundle.MaxFrame, MaxIndex: maxIndex}
 	if a.r, err = anybody.Verify(ctx, io.NewSectionReader(a.f, 0, a.size)); err != nil {
 		return err
 	}
@@ -79,24 +82,128 @@ func (a *archive) read(ctx context.Context) error {
 	return err
 }
 
-func (a *archive) Close() error { return a.f.Close() }
+// maxIndex is the most that a [bundle.Policy] permits.
+const maxIndex = 64 << 20
+
+func (a *archive) Close() error {
+	for _, c := range a.open {
+		c.close()
+	}
+	return a.f.Close()
+}
 
 // dir returns the leading directory of the names, without its slash.
 func (a *archive) dir() string {
 	return strings.TrimSuffix(a.zip.File[0].Name, bundle.ManifestName)
 }
 
-// files returns the content of the parts by Src.
+// entry returns the entry that holds the data of p, nil if it has none.
+func (a *archive) entry(p *bundle.Part) *zip.File {
+	for _, z := range a.zip.File[1:] {
+		if p.Src != "" && z.Name == a.dir()+p.Src {
+			return z
+		}
+	}
+	return nil
+}
+
+// packing returns how p is stored.
+func (a *archive) packing(p *bundle.Part) bundle.Packing {
+	if z := a.entry(p); p.Storage == nil && z != nil && z.Method == zip.Deflate {
+		return bundle.Packing{Encoding: bundle.EncodingDeflate} // by a tool that has no more to say
+	}
+	return p.Packing()
+}
+
+// files returns what the parts install by Src, but for the index.
 func (a *archive) files() (map[string]bundle.File, error) {
 	files := map[string]bundle.File{}
-	for _, z := range a.zip.File[1:] {
+	m := a.r.Manifest()
+	for i := range m.Parts {
+		p := &m.Parts[i]
+		z := a.entry(p)
+		if z == nil || p.Name == m.Index {
+			continue
+		}
 		off, err := z.DataOffset()
 		if err != nil {
 			return nil, err
 		}
-		files[strings.TrimPrefix(z.Name, a.dir())] = io.NewSectionReader(a.f, off, int64(z.UncompressedSize64))
+		stored := io.NewSectionReader(a.f, off, int64(z.CompressedSize64))
+		c := &content{size: p.Size, open: z.Open}
+		if a.packing(p).Encoding == bundle.EncodingZstd {
+			c.open = func() (io.ReadCloser, error) { return unzstd(io.NewSectionReader(stored, 0, stored.Size())) }
+		} else if z.Method == zip.Store {
+			files[p.Src] = stored
+			continue
+		}
+		a.open = append(a.open, c)
+		files[p.Src] = c
 	}
 	return files, nil
+}
+
+func unzstd(r io.Reader) (io.ReadCloser, error) {
+	z, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(bundle.MaxFrame))
+	if err != nil {
+		return nil, err
+	}
+	return z.IOReadCloser(), nil
+}
+
+// content is what a compressed part installs, for those who read it from its
+// beginning to its end: to go back means to decode it again. It is not for
+// concurrent use.
+type content struct {
+	size int64
+	open func() (io.ReadCloser, error)
+	r    io.ReadCloser // nil if there is none
+	off  int64         // what r yields next
+}
+
+// Size implements [bundle.File].
+func (c *content) Size() int64 { return c.size }
+
+// ReadAt implements [bundle.File].
+func (c *content) ReadAt(p []byte, off int64) (n int, err error) {
+	if off < 0 {
+		return 0, ota.ErrInvalid
+	}
+	if off >= c.size {
+		return 0, io.EOF
+	}
+	if c.r == nil || off < c.off {
+		c.close()
+		if c.r, err = c.open(); err != nil {
+			return 0, err
+		}
+		c.off = 0
+	}
+	skipped, err := io.CopyN(io.Discard, c.r, off-c.off)
+	if c.off += skipped; err != nil {
+		return 0, whole(err)
+	}
+	want := p[:min(int64(len(p)), c.size-off)]
+	n, err = io.ReadFull(c.r, want)
+	if c.off += int64(n); err == nil && len(want) < len(p) {
+		return n, io.EOF
+	}
+	return n, whole(err)
+}
+
+// whole returns err, or what it means if nothing may be missing.
+func whole(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+func (c *content) close() {
+	if c.r != nil {
+		c.r.Close()
+		c.r = nil
+	}
 }
 
 // writeFile makes the file name, or replaces it, with what write writes: nobody
@@ -123,6 +230,23 @@ func (e *env) writeFile(name string, write func(io.Writer) error) (err error) {
 		}
 	}
 	return os.Rename(tmp, name)
+}
+
+// scratch makes a temporary file beside the file name, to be removed by remove.
+func scratch(name string) (f *os.File, remove func(), err error) {
+	dir, base := filepath.Split(name)
+	if name == "-" {
+		dir, base = os.TempDir(), "ota"
+	} else if dir == "" {
+		dir = "."
+	}
+	if f, err = os.CreateTemp(dir, base+".*~"); err != nil {
+		return nil, nil, err
+	}
+	return f, func() {
+		f.Close()
+		os.Remove(f.Name())
+	}, nil
 }
 
 // writeNew makes the file name, which must not exist.
@@ -239,6 +363,7 @@ type policyFlags struct {
 	threshold                int
 	allowUnsigned, allowSHA1 bool
 	trust                    string
+	window                   sizeFlag
 }
 
 func (p *policyFlags) define(fs *flag.FlagSet) {
@@ -247,6 +372,7 @@ func (p *policyFlags) define(fs *flag.FlagSet) {
 	fs.UintVar(&p.required, "required", 0, "bit `mask` of the indices that must have signed, in place of all (update.sig_req_mask)")
 	fs.IntVar(&p.threshold, "threshold", 0, "how many of the keys must have signed, in place of all: `N`")
 	fs.BoolVar(&p.allowUnsigned, "allow-unsigned", false, "accept bundles that nobody has signed")
+	fs.Var(&p.window, "max-window", "most bytes that a zstd frame may have, decoded, which it takes memory to decode: `SIZE`; else 8M")
 	fs.BoolVar(&p.allowSHA1, "allow-sha1", false, "accept unsigned bundles with SHA-1 only, as made before 2020")
 }
 
@@ -258,7 +384,7 @@ func (p *policyFlags) policy() (*bundle.Policy, error) {
 		return nil, usagef("-required: at most 255")
 	}
 	policy := &bundle.Policy{Required: uint8(p.required), Threshold: p.threshold, Clock: hostClock,
-		AllowUnsigned: p.allowUnsigned, AllowSHA1: p.allowSHA1}
+		AllowUnsigned: p.allowUnsigned, AllowSHA1: p.allowSHA1, MaxWindow: p.window.or(0)}
 	var err error
 	if policy.Keys, _, err = verifiers(p.keys); err == nil && p.trust != "" {
 		policy.Trust, err = openTrust(p.trust)
@@ -279,6 +405,37 @@ func parseSize(s string) (int64, error) {
 		return 0, fmt.Errorf("size %s: need a number of bytes, such as 16384, 16K or 64M", ota.Quote(s))
 	}
 	return n << shift, nil
+}
+
+// sizeFlag is a number of bytes that may be left out.
+type sizeFlag struct{ n *int64 }
+
+// String implements [flag.Value].
+func (f *sizeFlag) String() string { return "" }
+
+// Set implements [flag.Value].
+func (f *sizeFlag) Set(s string) error {
+	n, err := parseSize(s)
+	f.n = &n
+	return err
+}
+
+// or returns the size, or instead if there is none.
+func (f *sizeFlag) or(instead int64) int64 {
+	if f.n == nil {
+		return instead
+	}
+	return *f.n
+}
+
+// sizeText returns n in the way that it is given to the tool.
+func sizeText(n int64) string {
+	for i, unit := range []string{"G", "M", "K"} {
+		if shift := 10 * (3 - i); n != 0 && n%(1<<shift) == 0 {
+			return strconv.FormatInt(n>>shift, 10) + unit
+		}
+	}
+	return strconv.FormatInt(n, 10)
 }
 
 // jsonValue returns the JSON that the text of a property stands for: true, false,

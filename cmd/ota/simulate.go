@@ -190,6 +190,7 @@ func (s *simulation) boot(ctx context.Context) error {
 		ID:         "sim_" + filepath.Base(s.dir),
 		Info:       rpcjson.Info{App: s.product, Version: version, BuildID: fw.BuildID, Platform: s.platform},
 		Open:       s.policy.Image,
+		OpenRanges: s.openRanges,
 		NoAuth:     s.auth == nil,
 		Authorizer: s.auth,
 		// It is a simulation, so its servers are nearby.
@@ -240,6 +241,16 @@ func (s *simulation) boot(ctx context.Context) error {
 	return err
 }
 
+// openRanges opens a bundle on a server, of which the device may leave out what it
+// has already.
+func (s *simulation) openRanges(ctx context.Context, f *fetch.File) (ota.Image, error) {
+	img, err := s.policy.OpenRanges(ctx, f)
+	if err != nil {
+		return nil, err // not a nil *bundle.Reader inside of an interface
+	}
+	return img, nil
+}
+
 // event tells about what the device does.
 func (s *simulation) event(e ota.Event) {
 	switch {
@@ -247,6 +258,9 @@ func (s *simulation) event(e ota.Event) {
 		s.e.notef("%s failed: %v", e.Op, e.Err)
 	case e.Phase == ota.PhaseDone:
 		s.e.notef("%s done", e.Op)
+		if e.Op == "update" || e.Op == "snapshot" {
+			s.e.notef("bytes: %s", countsText(e.Counts))
+		}
 	}
 }
 

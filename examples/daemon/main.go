@@ -37,6 +37,7 @@ import (
 	"github.com/slotota/ota/boot/bootrecord"
 	"github.com/slotota/ota/boot/health"
 	"github.com/slotota/ota/bundle"
+	"github.com/slotota/ota/fetch"
 	"github.com/slotota/ota/flash/fileflash"
 	"github.com/slotota/ota/rpcjson"
 )
@@ -159,9 +160,16 @@ func run(ctx context.Context, c config, l net.Listener) error {
 	policy := &bundle.Policy{Keys: []*ecdsa.PublicKey{key}}
 	host, _ := os.Hostname()
 	srv, err := rpcjson.New(dev, rpcjson.Options{
-		ID:         "ota-" + host,
-		Info:       rpcjson.Info{App: "daemon", Version: version, Platform: c.platform},
-		Open:       policy.Image,
+		ID:   "ota-" + host,
+		Info: rpcjson.Info{App: "daemon", Version: version, Platform: c.platform},
+		Open: policy.Image,
+		OpenRanges: func(ctx context.Context, f *fetch.File) (ota.Image, error) {
+			img, err := policy.OpenRanges(ctx, f)
+			if err != nil {
+				return nil, err // not a nil *bundle.Reader inside of an interface
+			}
+			return img, nil
+		},
 		Authorizer: access,
 		AllowHosts: []string{host},
 		Logger:     c.log,

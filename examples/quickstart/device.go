@@ -134,9 +134,16 @@ func (d *device) boot(ctx context.Context) error {
 		return err
 	}
 	srv, err := rpcjson.New(dev, rpcjson.Options{
-		ID:     "quickstart_1",
-		Info:   rpcjson.Info{App: product, Version: version, Platform: platform},
-		Open:   d.policy.Image,
+		ID:   "quickstart_1",
+		Info: rpcjson.Info{App: product, Version: version, Platform: platform},
+		Open: d.policy.Image,
+		OpenRanges: func(ctx context.Context, f *fetch.File) (ota.Image, error) {
+			img, err := d.policy.OpenRanges(ctx, f)
+			if err != nil {
+				return nil, err // not a nil *bundle.Reader inside of an interface
+			}
+			return img, nil
+		},
 		NoAuth: true,                                                // fine for a demonstration only
 		Fetch:  &fetch.Policy{AllowHTTP: true, AllowLoopback: true}, // the firmware comes over loopback
 	})

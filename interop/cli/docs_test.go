@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -20,17 +21,47 @@ func TestDocs(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("the commands are for a POSIX shell")
 	}
-	if _, err := exec.LookPath("openssl"); err != nil {
-		require.NotEqual(t, "true", os.Getenv("CI"), "install the Debian package openssl")
-		t.Skip("install the Debian package openssl")
-	}
-	doc, err := os.ReadFile("../../docs/SIGNING.md")
-	require.NoError(t, err)
-	bin, dir := t.TempDir(), t.TempDir()
+	bin := t.TempDir()
 	out, err := exec.Command("go", "build", "-o", filepath.Join(bin, "ota"), "github.com/slotota/ota/cmd/ota").CombinedOutput()
 	require.NoError(t, err, "%s", out)
+	for name, c := range map[string]struct {
+		tool string // needed beside those of POSIX
+		min  int    // commands
+	}{
+		"SIGNING.md":     {"openssl", 30},
+		"WALKTHROUGH.md": {"", 20},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := exec.LookPath(c.tool); err != nil && c.tool != "" {
+				require.NotEqual(t, "true", os.Getenv("CI"), "install the Debian package %s", c.tool)
+				t.Skipf("install the Debian package %s", c.tool)
+			}
+			require.GreaterOrEqual(t, runDoc(t, bin, name), c.min)
+		})
+	}
+}
 
-	commands := 0
+// runDoc runs the commands of a page, and returns how many there are. What a command
+// leaves running has its process id in a file *.pid.
+func runDoc(t *testing.T, bin, name string) (commands int) {
+	doc, err := os.ReadFile(filepath.Join("../../docs", name))
+	require.NoError(t, err)
+	dir, err := os.MkdirTemp("", "ota") // the paths of tests may be too long for a socket
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		pids, _ := filepath.Glob(filepath.Join(dir, "*.pid"))
+		for _, file := range pids {
+			text, _ := os.ReadFile(file)
+			pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+			if err != nil || !t.Failed() { // the page ends them itself
+				continue
+			}
+			if p, err := os.FindProcess(pid); err == nil {
+				_ = p.Kill()
+			}
+		}
+		os.RemoveAll(dir)
+	})
 	for _, block := range regexp.MustCompile("(?s)```console\n(.*?)```").FindAllStringSubmatch(string(doc), -1) {
 		for _, step := range strings.Split("\n"+block[1], "\n$ ")[1:] {
 			command, want, _ := strings.Cut(step, "\n")
@@ -52,5 +83,5 @@ func TestDocs(t *testing.T) {
 			commands++
 		}
 	}
-	require.Greater(t, commands, 30)
+	return commands
 }
