@@ -349,6 +349,39 @@ type eraseSpy struct {
 	ota.Eraser
 }
 
+// inSequence refuses writes that leave something out.
+type inSequence struct {
+	*spy
+	next int64
+}
+
+func (s *inSequence) WritesInSequence() bool { return true }
+
+// Where everything has to be written in sequence nothing in place is passed over.
+func TestWritesInSequence(t *testing.T) {
+	const size = 200_000
+	content := random(1, size)
+	d := newTarget(t, memflash.Config{Size: 256 << 10}, ota.Options{BufferSize: 8 << 10})
+	d.wrap = func(f ota.Flash) ota.Flash {
+		s := &inSequence{}
+		s.spy = &spy{Flash: f, wrote: func(p []byte, off int64) {
+			if off != 0 && off != s.next {
+				t.Errorf("written at %d, not %d", off, s.next)
+			}
+			s.next = off + int64(len(p))
+		}}
+		return s
+	}
+	d.open()
+	d.update(&chunked{content: content, size: 4096})
+	for i, img := range []chunked{{}, {size: 4096}, {size: 4096, stream: true}} {
+		img.content = bytes.Clone(content)
+		img.content[100_000] ^= byte(i + 1)
+		res := d.update(&img)
+		require.EqualValues(t, size, res.Written)
+	}
+}
+
 // With digests of chunks no byte reaches the flash before its chunk was found to be
 // authentic, wherever the data lies.
 func TestNothingUnauthenticatedIsWritten(t *testing.T) {

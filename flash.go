@@ -77,6 +77,17 @@ type Zeroer interface {
 	Zero(off, n int64) error
 }
 
+// SequentialWriter is an optional interface of a [Flash] that is written from its
+// beginning on, each byte after the one before it, and cannot be read meanwhile: a
+// volume of UBI. Nothing that is in place is passed over then.
+type SequentialWriter interface{ WritesInSequence() bool }
+
+// sequential reports whether f has to be written from its beginning on.
+func sequential(f Flash) bool {
+	s, ok := f.(SequentialWriter)
+	return ok && s.WritesInSequence()
+}
+
 // IOSizer is an optional interface of a [Flash] with a preferred size of reads and
 // writes.
 type IOSizer interface {
@@ -175,6 +186,9 @@ func (r *region) Size() int64      { return r.n }
 func (r *region) Sync() error      { return r.f.Sync() }
 func (r *region) WriteSize() int64 { return WriteSize(r.f) }
 func (r *region) IOSize() int64    { return IOSize(r.f) }
+
+// WritesInSequence implements [SequentialWriter].
+func (r *region) WritesInSequence() bool { return sequential(r.f) }
 
 func (r *region) ReadAt(p []byte, off int64) (int, error) { return r.read(r.f, p, off) }
 

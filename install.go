@@ -147,7 +147,7 @@ func (in *installer) install(ctx context.Context, j *job) (written, error) {
 		layout: newLayout(j.f, j.want.Size, in.blockSize(j.f), j.want.Chunks),
 		sum:    sha256.New(), from: Direct(j.f),
 	}
-	p.rewrite = j.suspect && p.e != nil
+	p.rewrite = j.suspect && p.e != nil || sequential(j.f)
 	if err := p.plan(); err != nil {
 		return written{}, err
 	}

@@ -39,7 +39,7 @@ type plan struct {
 func (p *pipe) plan() error {
 	sel, ok := p.job.data.(Selector)
 	chunks := p.job.want.Chunks
-	if !ok || chunks == nil {
+	if !ok || chunks == nil || sequential(p.f) {
 		return nil
 	}
 	pl := &plan{chunks: chunks, size: p.size, others: p.job.others}

@@ -122,6 +122,9 @@ func newFlash(v volume, name string, o *Options) (*Flash, error) {
 // Info returns what the kernel tells about the volume now.
 func (f *Flash) Info() (Info, error) { return f.v.info() }
 
+// WritesInSequence implements [ota.SequentialWriter].
+func (f *Flash) WritesInSequence() bool { return true }
+
 // Size implements ota.Flash.
 func (f *Flash) Size() int64 { return f.size }
 
