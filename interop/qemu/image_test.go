@@ -13,14 +13,17 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -104,6 +107,8 @@ type factory struct {
 	init    string // path of the guest's program
 	key     *ecdsa.PrivateKey
 	server  *httptest.Server // serves bundles
+	// parts makes the parts of a slot.
+	parts func(kernel, initramfs []byte) map[string][]byte
 }
 
 func newFactory(t *testing.T, k *kernel, modules ...string) *factory {
@@ -150,6 +155,7 @@ func (f *factory) initramfs(version, fault string) []byte {
 	a.add("init", 0o100755, f.read(f.init))
 	a.add("version", 0o100644, []byte(version))
 	a.add("fault", 0o100644, []byte(fault))
+	a.add("parts", 0o100644, []byte(strings.Join(slices.Sorted(maps.Keys(f.parts(nil, nil))), " ")))
 	a.add("key.pem", 0o100644, pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))
 	var list []string
 	for _, m := range f.modules {
@@ -187,16 +193,41 @@ func (a *cpio) end() []byte {
 	return a.b.Bytes()
 }
 
-// fat makes a FAT file system that holds one file, with Debian's mtools, and
-// returns its content.
-func (f *factory) fat(name string, data []byte) []byte {
+// file is a file of a file system.
+type file struct {
+	path string // such as "/dir/name"
+	data []byte
+}
+
+// epoch is the time of all files, so that the same files make the same image.
+var epoch = time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// fat makes a FAT file system of some size that holds the files, with Debian's
+// mtools, and returns its content.
+func (f *factory) fat(files ...file) []byte {
 	f.t.Helper()
-	img, file := f.path("fat.img"), f.path("fat.file")
-	require.NoError(f.t, os.WriteFile(file, data, 0o600))
-	sectors := (len(data) + len(data)/64 + mib) / sectorSize &^ 511
-	run(f.t, "mformat", "-C", "-i", img, "-T", fmt.Sprint(sectors), "-h", "16", "-s", "32", "-c", "8", "::")
-	run(f.t, "mcopy", "-i", img, file, "::/"+name)
+	size := mib
+	for _, x := range files {
+		size += len(x.data) + len(x.data)/64
+	}
+	img, temp := f.path("fat.img"), f.path("fat.file")
 	defer os.Remove(img)
+	run(f.t, "mformat", "-C", "-i", img, "-T", fmt.Sprint(size/sectorSize&^511), "-h", "16", "-s", "32", "-c", "8", "-N", "1", "::")
+	made := map[string]bool{"/": true}
+	for _, x := range files {
+		var up []string
+		for dir := path.Dir(x.path); !made[dir]; dir = path.Dir(dir) {
+			up = append(up, "::"+dir)
+			made[dir] = true
+		}
+		slices.Reverse(up)
+		if len(up) > 0 {
+			run(f.t, "mmd", append([]string{"-i", img}, up...)...)
+		}
+		require.NoError(f.t, os.WriteFile(temp, x.data, 0o600))
+		require.NoError(f.t, os.Chtimes(temp, epoch, epoch))
+		run(f.t, "mcopy", "-m", "-i", img, temp, "::"+x.path)
+	}
 	return f.read(img)
 }
 
@@ -206,9 +237,14 @@ type image struct {
 	parts   map[string][]byte // by name
 }
 
+// image makes an image with the guest. fault is what goes wrong in it; kernel is nil
+// for the one that works.
 func (f *factory) image(version, fault string, kernel []byte) *image {
 	f.t.Helper()
-	return &image{version, map[string][]byte{"kernel": kernel, "initrd": f.fat("initrd", f.initramfs(version, fault))}}
+	if kernel == nil {
+		kernel = f.read(f.k.image)
+	}
+	return &image{version, f.parts(kernel, f.initramfs(version, fault))}
 }
 
 // digests are those that the guest reports when it runs img.
@@ -226,7 +262,7 @@ func (f *factory) bundle(img *image) (url string) {
 	f.t.Helper()
 	m := &bundle.Manifest{Name: "guest", Platform: "qemu", Version: img.version}
 	files := map[string]bundle.File{}
-	for _, name := range []string{"kernel", "initrd"} {
+	for _, name := range slices.Sorted(maps.Keys(img.parts)) {
 		m.Parts = append(m.Parts, bundle.Part{Name: name, Src: name + ".img"})
 		files[name+".img"] = bytes.NewReader(img.parts[name])
 	}
@@ -247,10 +283,10 @@ type part struct {
 }
 
 // disk writes a disk with a GPT and these partitions, from 1 MiB on.
-func (f *factory) disk(name string, parts []part) (path string) {
+func (f *factory) disk(name string, parts []part) (img string) {
 	f.t.Helper()
-	path = f.path(name)
-	d, err := os.Create(path)
+	img = f.path(name)
+	d, err := os.Create(img)
 	require.NoError(f.t, err)
 	defer d.Close()
 	off := int64(mib)
@@ -269,6 +305,6 @@ func (f *factory) disk(name string, parts []part) (path string) {
 		require.NoError(f.t, err)
 	}
 	require.NoError(f.t, d.Truncate(off+mib))
-	run(f.t, "sgdisk", append(args, path)...)
-	return path
+	run(f.t, "sgdisk", append(args, img)...)
+	return img
 }

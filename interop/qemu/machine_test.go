@@ -82,6 +82,8 @@ type machine struct {
 	lines []string
 	more  chan struct{} // has an element after each line
 	next  int
+
+	stage time.Time // begin of what the test watches
 }
 
 // power starts a machine. Its console is appended to a file among the test's
@@ -132,6 +134,14 @@ func power(t *testing.T, bin string, args ...string) *machine {
 func (m *machine) cut() {
 	m.cmd.Process.Kill()
 	<-m.done
+}
+
+// after waits while the machine goes on.
+func (m *machine) after(d time.Duration) {
+	select {
+	case <-m.done:
+	case <-time.After(d):
+	}
 }
 
 // send types a command.
@@ -224,6 +234,12 @@ func (m *machine) do(format string, args ...any) qemu.Report {
 	m.send(format, args...)
 	_, match := m.await(*bootLimit, "^"+qemu.Prefix+qemu.Done+" .*")
 	return m.parse(match[0])
+}
+
+// holds requires that the running slot holds img, bit by bit.
+func (m *machine) holds(img *image) {
+	m.t.Helper()
+	require.Equal(m.t, img.digests(), m.do("digests").Digests)
 }
 
 // off shuts the machine down.

@@ -45,7 +45,7 @@ type Report struct {
 	Skipped   int64
 	Stored    string // version of the running slot in the boot state
 	// Digests has the SHA-256 of what is in the parts of the running slot, read
-	// from the disk.
+	// from the disk at the command "digests".
 	Digests map[string]string `json:",omitempty"`
 	Uptime  string            `json:",omitempty"`
 	Problem string            `json:",omitempty"` // failure of the last operation

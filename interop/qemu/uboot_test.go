@@ -7,8 +7,6 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
-
-	"github.com/slotota/ota/interop/qemu"
 )
 
 var ubootTools = map[string]string{
@@ -28,10 +26,10 @@ const (
 	envSize  = 0x4000
 )
 
-// uboot is an arm64 board with U-Boot. Its binary is Debian's, whose environment
+// ubootBoard is an arm64 board with U-Boot. Its binary is Debian's, whose environment
 // cannot be written by Linux here; so the boot script keeps the state in a redundant
-// environment of its own, on the disk.
-type uboot struct {
+// environment of its own, on the disk. Slots have two parts.
+type ubootBoard struct {
 	*factory
 	v1     *image
 	disk   string
@@ -39,9 +37,12 @@ type uboot struct {
 	config string // fw_env.config for the host
 }
 
-func newUBoot(t *testing.T) *uboot {
-	b := &uboot{factory: newFactory(t, findKernel(t, "arm64"))}
-	b.v1 = b.image("v1", "", b.fat("vmlinuz", b.read(b.k.image)))
+func newUBoot(t *testing.T) *ubootBoard {
+	b := &ubootBoard{factory: newFactory(t, findKernel(t, "arm64"))}
+	b.parts = func(kernel, initramfs []byte) map[string][]byte {
+		return map[string][]byte{"kernel": b.fat(file{"/vmlinuz", kernel}), "initrd": b.fat(file{"/initrd", initramfs})}
+	}
+	b.v1 = b.image("v1", "", nil)
 
 	b.flash = b.path("flash.img")
 	run(t, "mkenvimage", "-s", "0x40000", "-o", b.flash, "testdata/uboot.env")
@@ -69,18 +70,28 @@ func newUBoot(t *testing.T) *uboot {
 	return b
 }
 
-func (b *uboot) power(extra ...string) *machine {
+// power starts the board. What it writes to its disk goes to log too, if it is not
+// "", in the format of the kernel's dm-log-writes.
+func (b *ubootBoard) power(log string) *machine {
 	b.t.Helper()
-	return power(b.t, "qemu-system-aarch64", append([]string{
+	args := []string{
 		"-machine", "virt", "-cpu", "cortex-a57", "-m", "512", "-bios", "/usr/lib/u-boot/qemu_arm64/u-boot.bin",
 		"-drive", "if=pflash,unit=1,format=raw,file=" + b.flash,
-		"-drive", "if=none,id=disk,format=raw,cache=writeback,file=" + b.disk, "-device", "virtio-blk-pci,drive=disk,disable-legacy=on",
 		"-device", "virtio-net-pci,netdev=net,disable-legacy=on,romfile=",
-	}, extra...)...)
+		"-device", "virtio-blk-pci,drive=disk,disable-legacy=on",
+	}
+	if log == "" {
+		args = append(args, "-drive", "if=none,id=disk,format=raw,cache=writeback,file="+b.disk)
+	} else {
+		args = append(args, "-blockdev", "driver=file,node-name=file,filename="+b.disk,
+			"-blockdev", "driver=file,node-name=log,filename="+log,
+			"-blockdev", "driver=blklogwrites,node-name=disk,file=file,log=log,log-super-update-interval=1")
+	}
+	return power(b.t, "qemu-system-aarch64", args...)
 }
 
 // variables reads the environment with Debian's fw_printenv.
-func (b *uboot) variables() map[string]string {
+func (b *ubootBoard) variables() map[string]string {
 	b.t.Helper()
 	m := map[string]string{}
 	for line := range strings.Lines(run(b.t, "fw_printenv", "-c", b.config)) {
@@ -94,79 +105,27 @@ func (b *uboot) variables() map[string]string {
 func TestUBoot(t *testing.T) {
 	needs(t, false, ubootTools)
 	b := newUBoot(t)
-	v2 := b.image("v2", "", b.v1.parts["kernel"])
-	urls := map[string]string{
-		"good":       b.bundle(v2),
-		"panics":     b.bundle(b.image("panics", "exit", b.v1.parts["kernel"])),
-		"unloadable": b.bundle(b.image("unloadable", "", b.fat("vmlinuz", []byte("this is no kernel")))),
+	d := &device{
+		factory: b.factory, v1: b.v1,
+		power:   func() *machine { return b.power("") },
+		starts:  [2]string{`^LOADER slot A `, `^LOADER slot B `},
+		refuses: `^LOADER cannot start slot B`,
+		hangs:   "softdog",
 	}
-	m := b.power()
-	committed := func(r qemu.Report, slot int) {
+	d.selected = func(slot int, trial bool) {
 		t.Helper()
-		require.True(t, r.Committed)
-		require.Equal(t, slot, r.Active)
-		name := string(rune('A' + slot))
 		v := b.variables()
+		require.Equal(t, "serial 42", v["board"])
+		name := string(rune('A' + slot))
+		require.Equal(t, name, v["BOOT_ORDER"][:1])
+		if trial {
+			require.Equal(t, name, v["ota_trial"])
+			require.Equal(t, "1", v["BOOT_"+name+"_LEFT"])
+			return
+		}
 		require.Equal(t, name, v["BOOT_ORDER"])
 		require.Equal(t, "3", v["BOOT_"+name+"_LEFT"])
 		require.NotContains(t, v, "ota_trial")
-		require.Equal(t, "serial 42", v["board"])
 	}
-	r := m.ready(0, "v1")
-	require.Equal(t, b.v1.digests(), r.Digests)
-	committed(r, 0)
-
-	// Each of these ends in slot A, for the reason given.
-	fails := func(bundle string, timeout int, reason string, trial func()) {
-		t.Helper()
-		r := m.do("update %s %d", urls[bundle], timeout)
-		require.Equal(t, 1, r.Active)
-		require.False(t, r.Committed)
-		m.log("%s installed: %d bytes written, %d in place", bundle, r.Written, r.Skipped)
-		v := b.variables()
-		require.Equal(t, "B A", v["BOOT_ORDER"])
-		require.Equal(t, "1", v["BOOT_B_LEFT"])
-		require.Equal(t, "serial 42", v["board"])
-		m.send("reboot")
-		m.await(*bootLimit, `^LOADER slot B order B A left 3 0`)
-		trial()
-		m.await(*bootLimit, `^LOADER slot A`)
-		r = m.ready(0, "v1")
-		require.Equal(t, b.v1.digests(), r.Digests)
-		require.Equal(t, "reverted", r.Outcome)
-		require.Equal(t, reason, r.Reason)
-		require.Equal(t, 1, r.LastSlot)
-		committed(r, 0)
-		m.log("back in slot A: %s", r.Reason)
-	}
-	onTrial := func(version string) qemu.Report {
-		t.Helper()
-		r := m.ready(1, version)
-		require.True(t, r.Trial)
-		return r
-	}
-	fails("good", 5, "commit timeout", func() {
-		onTrial("v2")
-		m.await(*bootLimit, "reboot: Restarting system")
-	})
-	fails("panics", 600, "boot loader fell back", func() { m.await(*bootLimit, panicLine) })
-	fails("unloadable", 600, "boot loader fell back", func() { m.await(*bootLimit, `^LOADER cannot start slot B`) })
-	fails("good", 600, "boot loader fell back", func() {
-		onTrial("v2")
-		m.send("hang")
-		m.await(*bootLimit, "^"+qemu.Prefix+qemu.Hang)
-	})
-
-	m.do("update %s 600", urls["good"])
-	m.send("reboot")
-	r = onTrial("v2")
-	require.Equal(t, v2.digests(), r.Digests)
-	r = m.do("commit")
-	require.Equal(t, "committed", r.Outcome)
-	committed(r, 1)
-	m.send("reboot")
-	r = m.ready(1, "v2")
-	require.Equal(t, "committed", r.Outcome)
-	committed(r, 1)
-	m.off()
+	d.test()
 }

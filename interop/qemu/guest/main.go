@@ -6,11 +6,13 @@
 // from the console:
 //
 //	update URL SECONDS    install the bundle; SECONDS is the commit timeout
-//	commit, revert, state, reboot, poweroff
+//	digests               read the running slot
+//	commit, revert, reboot, poweroff
 //	hang                  start the watchdog and do nothing more
 //
-// Files in the image say what it is: version, modules (kernel modules in the order
-// to load them), key.pem (of the bundles), fault (what goes wrong: exit, hang).
+// Files in the image say what it is: version; parts, the names of the slots' parts,
+// on partitions such as "kernel-a"; modules, kernel modules in the order to load
+// them; key.pem, that of the bundles; fault, what goes wrong (exit, hang).
 package main
 
 import (
@@ -42,12 +44,8 @@ import (
 	"github.com/slotota/ota/interop/qemu"
 )
 
-// slotNames are what the boot scripts call the slots; partNames are the parts, on
-// partitions such as "kernel-a".
-var (
-	slotNames = []string{"A", "B"}
-	partNames = []string{"kernel", "initrd"}
-)
+// slotNames are what the boot scripts call the slots.
+var slotNames = []string{"A", "B"}
 
 func main() {
 	fault, _ := os.ReadFile("/fault")
@@ -81,6 +79,7 @@ type guest struct {
 	dev     *ota.Device
 	policy  *bundle.Policy
 	result  ota.UpdateResult
+	digests map[string]string
 	dog     *os.File
 }
 
@@ -112,9 +111,6 @@ func (g *guest) run(ctx context.Context) error {
 		return err
 	}
 	r := g.report()
-	if r.Digests, err = digests(g.slots[g.dev.Running()]); err != nil {
-		return err
-	}
 	up, _ := os.ReadFile("/proc/uptime")
 	r.Uptime, _, _ = strings.Cut(string(up), " ")
 	g.tell(qemu.Ready, r)
@@ -137,7 +133,9 @@ func (g *guest) run(ctx context.Context) error {
 			g.say(qemu.Fail, "%s: %v", args[0], err)
 			continue
 		}
-		g.tell(qemu.Done, g.report())
+		r := g.report()
+		r.Digests = g.digests
+		g.tell(qemu.Done, r)
 	}
 	return errors.Join(sc.Err(), errors.New("the console ended"))
 }
@@ -157,8 +155,10 @@ func (g *guest) do(ctx context.Context, args []string) error {
 		return g.dev.Commit(ctx)
 	case "revert":
 		return g.dev.Revert(ctx)
-	case "state":
-		return nil
+	case "digests":
+		var err error
+		g.digests, err = digests(g.slots[g.dev.Running()])
+		return err
 	case "reboot":
 		return g.dev.Reboot(ctx)
 	case "poweroff":
@@ -205,9 +205,13 @@ func (g *guest) update(ctx context.Context, url string, timeout time.Duration) e
 
 // open opens the device.
 func (g *guest) open(ctx context.Context) error {
+	parts, err := os.ReadFile("/parts")
+	if err != nil {
+		return err
+	}
 	for _, name := range slotNames {
 		var s ota.Slot
-		for _, part := range partNames {
+		for part := range strings.FieldsSeq(string(parts)) {
 			f, err := openPartition(part + "-" + strings.ToLower(name))
 			if err != nil {
 				return err
