@@ -21,6 +21,8 @@ const MaxFile = 1 << 20
 type FS interface {
 	// ReadFile returns the content of a file of at most MaxFile bytes.
 	ReadFile(name string) ([]byte, error)
+	// Open opens a file of any size for reading.
+	Open(name string) (File, error)
 	// ReadDir returns the names in a directory, sorted.
 	ReadDir(name string) ([]string, error)
 	// WriteFile creates or truncates a file, writes b, and syncs it.
@@ -31,6 +33,12 @@ type FS interface {
 	Remove(name string) error
 	// SyncDir makes the names in a directory durable.
 	SyncDir(name string) error
+}
+
+// File is an open file.
+type File interface {
+	io.ReaderAt
+	io.Closer
 }
 
 // Replace makes the named file hold b: after a power cut it has its old content or
@@ -84,6 +92,15 @@ func (o OS) ReadFile(name string) ([]byte, error) {
 		err = fmt.Errorf("%s: more than %d bytes: %w", ota.Quote(name), MaxFile, ota.ErrTooLarge)
 	}
 	return b, err
+}
+
+// Open implements [FS].
+func (o OS) Open(name string) (File, error) {
+	f, err := os.Open(o.path(name))
+	if err != nil {
+		return nil, err
+	}
+	return f, nil
 }
 
 // ReadDir implements [FS].

@@ -1,6 +1,7 @@
 package fsys
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -112,6 +113,20 @@ func (s *Sim) ReadFile(name string) ([]byte, error) {
 	}
 	return slices.Clone(b), nil
 }
+
+// Open implements [FS].
+func (s *Sim) Open(name string) (File, error) {
+	b, err := s.ReadFile(name)
+	if err != nil {
+		return nil, err
+	}
+	return content{bytes.NewReader(b)}, nil
+}
+
+// content is an open file.
+type content struct{ *bytes.Reader }
+
+func (content) Close() error { return nil }
 
 // ReadDir implements [FS]. A directory exists if there is a file in it.
 func (s *Sim) ReadDir(name string) ([]string, error) {

@@ -35,6 +35,8 @@ type Loader struct {
 	// Boot does what the loader does at a reset, and returns the slot that it
 	// starts.
 	Boot func(ctx context.Context, flashes []ota.Flash) (ota.SlotID, error)
+	// Reset does what begins a trial that is stored; nil if any reset does.
+	Reset func(ctx context.Context, flashes []ota.Flash) error
 	// Wears says that the loader counts every boot, also of committed slots.
 	Wears bool
 	// Intact reports what the driver must never change and has.
@@ -132,8 +134,12 @@ var known = ota.SlotState{
 // starts and the boot state must always agree about what happened.
 func (l *Loader) PowerCuts(t *testing.T) {
 	one := ota.SlotID(1)
-	begin := func(ctx context.Context, d *ota.Device) error {
-		return d.SetBootState(ctx, ota.BootStatePatch{Active: &one})
+	begin := func(ctx context.Context, d *ota.Device, chip *memflash.Chip) error {
+		err := d.SetBootState(ctx, ota.BootStatePatch{Active: &one})
+		if err == nil && l.Reset != nil {
+			err = l.Reset(ctx, chip.Flashes()[records:])
+		}
+		return err
 	}
 	must := func(err error) {
 		t.Helper()
@@ -150,7 +156,7 @@ func (l *Loader) PowerCuts(t *testing.T) {
 	trial := base.Clone()
 	d, err := l.restart(t.Context(), trial)
 	must(err)
-	must(begin(t.Context(), d))
+	must(begin(t.Context(), d, trial))
 	over := trial.Clone()
 	d, err = l.restart(t.Context(), over)
 	must(err)
@@ -161,28 +167,28 @@ func (l *Loader) PowerCuts(t *testing.T) {
 	for _, sc := range []struct {
 		name string
 		base *memflash.Chip
-		run  func(ctx context.Context, d *ota.Device) error
+		run  func(ctx context.Context, d *ota.Device, chip *memflash.Chip) error
 		ok   func(s ota.BootState, running ota.SlotID, done bool) bool
 	}{
 		{"begin", base, begin, func(s ota.BootState, running ota.SlotID, done bool) bool {
 			return trialOf1(s, running) || committed0(s, running) && (!done || fellBack(s))
 		}},
-		{"commit", trial, func(ctx context.Context, d *ota.Device) error { return d.Commit(ctx) }, func(s ota.BootState, running ota.SlotID, done bool) bool {
+		{"commit", trial, func(ctx context.Context, d *ota.Device, _ *memflash.Chip) error { return d.Commit(ctx) }, func(s ota.BootState, running ota.SlotID, done bool) bool {
 			if running == 1 && s.Committed {
 				return s.Active == 1 && s.Last.Outcome == ota.OutcomeCommitted
 			}
 			return !done && (trialOf1(s, running) || committed0(s, running) && fellBack(s))
 		}},
-		{"revert", trial, func(ctx context.Context, d *ota.Device) error { return d.Revert(ctx) }, func(s ota.BootState, running ota.SlotID, done bool) bool {
+		{"revert", trial, func(ctx context.Context, d *ota.Device, _ *memflash.Chip) error { return d.Revert(ctx) }, func(s ota.BootState, running ota.SlotID, done bool) bool {
 			if done {
 				return committed0(s, running) && s.Last.Reason == ota.ReasonRequested
 			}
 			return trialOf1(s, running) || committed0(s, running) && s.Last.Outcome == ota.OutcomeReverted
 		}},
-		{"reset", trial, func(context.Context, *ota.Device) error { return nil }, func(s ota.BootState, running ota.SlotID, _ bool) bool {
+		{"reset", trial, func(context.Context, *ota.Device, *memflash.Chip) error { return nil }, func(s ota.BootState, running ota.SlotID, _ bool) bool {
 			return trialOf1(s, running) || committed0(s, running) && fellBack(s)
 		}},
-		{"after", over, func(context.Context, *ota.Device) error { return nil }, func(s ota.BootState, running ota.SlotID, _ bool) bool {
+		{"after", over, func(context.Context, *ota.Device, *memflash.Chip) error { return nil }, func(s ota.BootState, running ota.SlotID, _ bool) bool {
 			return running == 1 && s.Committed && s.Active == 1 && s.Last.Outcome == ota.OutcomeCommitted
 		}},
 	} {
@@ -199,7 +205,7 @@ func (l *Loader) PowerCuts(t *testing.T) {
 					Run: func(ctx context.Context) error {
 						d, err := l.restart(ctx, chip)
 						if err == nil {
-							err = sc.run(ctx, d)
+							err = sc.run(ctx, d, chip)
 						}
 						done.Store(err == nil)
 						return excuse(err)
@@ -213,7 +219,7 @@ func (l *Loader) PowerCuts(t *testing.T) {
 						if err != nil {
 							return err
 						}
-						if weak && !done.Load() && pending1(s, d.Running()) {
+						if (weak || l.Reset != nil) && !done.Load() && pending1(s, d.Running()) {
 							return nil
 						}
 						if !sc.ok(s, d.Running(), done.Load()) {
@@ -245,6 +251,83 @@ func (l *Loader) PowerCuts(t *testing.T) {
 }
 
 func isWeak(f memflash.Fault) bool { return f.Kind == memflash.CutWeak }
+
+// Transitions goes from each choice to each other one and cuts the power at every
+// operation. What the loader then starts, boot after boot, is what it would have
+// started before, or what it starts after a write that was not cut off.
+func (l *Loader) Transitions(t *testing.T) {
+	ctx := t.Context()
+	var choices []driver.Choice
+	for _, id := range []ota.SlotID{0, 1} {
+		choices = append(choices, driver.Choice{Active: id, Revert: ota.NoSlot},
+			driver.Choice{Active: id, Trial: true, Revert: 1 - id, Tries: 1},
+			driver.Choice{Active: id, Trial: true, Revert: 1 - id, Booted: true})
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	write := func(chip *memflash.Chip, c driver.Choice) error {
+		d, err := l.Open(chip.Flashes()[records:], nil)
+		if err != nil {
+			return err
+		}
+		return d.Write(ctx, c)
+	}
+	boots := func(chip *memflash.Chip) (s [3]ota.SlotID) {
+		t.Helper()
+		for i := range s {
+			id, err := l.Boot(ctx, chip.Flashes()[records:])
+			must(err)
+			s[i] = id
+		}
+		if l.Intact != nil {
+			must(l.Intact(chip.Flashes()[records:]))
+		}
+		return s
+	}
+	runs := 0
+	for _, from := range choices {
+		base := l.new(t)
+		must(write(base, from))
+		before := boots(base.Clone())
+		for _, to := range choices {
+			clean := base.Clone()
+			if err := write(clean, to); err != nil {
+				t.Fatalf("from %+v to %+v: %v", from, to, err)
+			}
+			after := boots(clean)
+			for at := 0; ; at++ {
+				done := false
+				for _, f := range []memflash.Fault{{Kind: memflash.CutBefore}, {Kind: memflash.CutPrefix}, {Kind: memflash.CutAfter}, {Kind: memflash.CutAfter, Loss: memflash.LoseAll}} {
+					chip := base.Clone()
+					f.At = chip.Ops() + at
+					chip.Plan(f)
+					err := write(chip, to)
+					if chip.Pending() > 0 {
+						must(err)
+						done = true
+						break
+					}
+					runs++
+					chip.PowerOn()
+					// A trial may be called off before the opposite one begins.
+					r := [3]ota.SlotID{from.Revert, from.Revert, from.Revert}
+					off := from.Tries > 0 && to.Trial && from.Active != to.Active
+					if got := boots(chip); got != before && got != after && !(off && got == r) || err == nil && got != after {
+						t.Fatalf("from %+v to %+v, %v: starts slots %v, not %v or %v (%v)", from, to, f, got, before, after, err)
+					}
+				}
+				if done {
+					break
+				}
+			}
+		}
+	}
+	t.Logf("%d transitions, %d cuts", len(choices)*len(choices), runs)
+}
 
 func (l *Loader) explore(t *testing.T, scenarios []crashtest.Scenario, m crashtest.Modes) {
 	o := crashtest.Options{Faults: []crashtest.Modes{m}, Replay: l.Replay}
