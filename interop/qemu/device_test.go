@@ -15,6 +15,7 @@ type device struct {
 	// writes if it cannot load the kernel of slot 1; "" if it does not say.
 	starts  [2]string
 	refuses string
+	resets  bool // somebody must reset the machine then
 	// hangs is what ends a hang: "softdog" if the guest's own watchdog does,
 	// "loader" if one that the loader starts does.
 	hangs string
@@ -54,10 +55,10 @@ func (d *device) test() {
 		d.selected(1, true)
 		m.log("installed: %d bytes written, %d in place", r.Written, r.Skipped)
 		m.send("reboot")
-		d.started(m, 1)
 	}
 	trial := func() {
 		t.Helper()
+		d.started(m, 1)
 		require.True(t, m.ready(1, "v2").Trial)
 	}
 	back := func(reason string) {
@@ -79,6 +80,7 @@ func (d *device) test() {
 
 	m.log("a panic in the new image")
 	install(d.bundle(d.image("panics", "exit", nil)), 600)
+	d.started(m, 1)
 	m.await(*bootLimit, panicLine)
 	back(fellBack)
 
@@ -87,11 +89,16 @@ func (d *device) test() {
 	if d.refuses != "" {
 		m.await(*bootLimit, d.refuses)
 	}
+	if d.resets {
+		m.cut()
+		m = d.power()
+	}
 	back(fellBack)
 
 	m.log("a hang, with the watchdog of %s", d.hangs)
 	if d.hangs == "loader" {
 		install(d.bundle(d.image("hangs", "hang", nil)), 600)
+		d.started(m, 1)
 	} else {
 		install(v2, 600)
 		trial()

@@ -6,10 +6,8 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/x509"
 	"debug/elf"
-	"encoding/hex"
 	"encoding/pem"
 	"fmt"
 	"io/fs"
@@ -245,16 +243,6 @@ func (f *factory) image(version, fault string, kernel []byte) *image {
 		kernel = f.read(f.k.image)
 	}
 	return &image{version, f.parts(kernel, f.initramfs(version, fault))}
-}
-
-// digests are those that the guest reports when it runs img.
-func (img *image) digests() map[string]string {
-	m := map[string]string{}
-	for name, b := range img.parts {
-		sum := sha256.Sum256(b)
-		m[name] = hex.EncodeToString(sum[:])
-	}
-	return m
 }
 
 // bundle makes a signed bundle and returns where the guest finds it.

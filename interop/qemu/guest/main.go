@@ -6,12 +6,12 @@
 // from the console:
 //
 //	update URL SECONDS    install the bundle; SECONDS is the commit timeout
-//	digests               read the running slot
+//	digests PART=N…       hash the first N bytes of parts of the running slot
 //	commit, revert, reboot, poweroff
 //	hang                  start the watchdog and do nothing more
 //
-// Files in the image say what it is: version; parts, the names of the slots' parts,
-// on partitions such as "kernel-a"; modules, kernel modules in the order to load
+// Files in the image say what it is: version; parts, the names of the slots' parts;
+// modules, kernel modules in the order to load
 // them; key.pem, that of the bundles; fault, what goes wrong (exit, hang).
 package main
 
@@ -20,7 +20,6 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"crypto/sha256"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -157,7 +156,7 @@ func (g *guest) do(ctx context.Context, args []string) error {
 		return g.dev.Revert(ctx)
 	case "digests":
 		var err error
-		g.digests, err = digests(g.slots[g.dev.Running()])
+		g.digests, err = digests(g.slots[g.dev.Running()], args[1:])
 		return err
 	case "reboot":
 		return g.dev.Reboot(ctx)
@@ -209,20 +208,28 @@ func (g *guest) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	loader, err := driver.CmdlineParam("", "ota.loader")
+	if err != nil {
+		return err
+	}
+	l, ok := loaders[loader]
+	if !ok {
+		return fmt.Errorf("no driver for %q", loader)
+	}
+	d, err := l.open()
+	if err != nil {
+		return err
+	}
 	for _, name := range slotNames {
 		var s ota.Slot
 		for part := range strings.FieldsSeq(string(parts)) {
-			f, err := openPartition(part + "-" + strings.ToLower(name))
+			f, err := openPart(l, part, strings.ToLower(name))
 			if err != nil {
 				return err
 			}
 			s.Parts = append(s.Parts, ota.Part{Name: part, Flash: f})
 		}
 		g.slots = append(g.slots, s)
-	}
-	d, err := openDriver()
-	if err != nil {
-		return err
 	}
 	// Two records of three copies each, in one partition.
 	f, err := openPartition("state")
@@ -245,12 +252,12 @@ func (g *guest) open(ctx context.Context) error {
 		}
 		records = append(records, r)
 	}
-	loader, err := driver.New(d, records[0], records[1])
+	b, err := driver.New(d, records[0], records[1])
 	if err != nil {
 		return err
 	}
 	last := ota.PhaseIdle
-	g.dev, err = ota.Open(ctx, loader, g.slots, &ota.Options{
+	g.dev, err = ota.Open(ctx, b, g.slots, &ota.Options{
 		Platform: "qemu",
 		Checks:   []ota.Check{{Name: "version", Run: func(context.Context) error { return g.check() }}},
 		Reset:    reset,
@@ -298,24 +305,26 @@ func (g *guest) tell(kind string, r qemu.Report) {
 	g.say(kind, "%s", b)
 }
 
-// digests hashes the file systems in the parts of a slot.
-func digests(s ota.Slot) (map[string]string, error) {
+// digests hashes the beginning of the parts of a slot; each of args is the name of a
+// part and a number of bytes, NAME=N.
+func digests(s ota.Slot, args []string) (map[string]string, error) {
 	m := map[string]string{}
-	for _, p := range s.Parts {
-		// Total sectors of a FAT file system: BPB_TotSec16, BPB_TotSec32.
-		var head [64]byte
-		if _, err := p.Flash.ReadAt(head[:], 0); err != nil {
+	for _, arg := range args {
+		name, text, _ := strings.Cut(arg, "=")
+		n, err := strconv.ParseInt(text, 10, 64)
+		if err != nil {
 			return nil, err
 		}
-		n := int64(binary.LittleEndian.Uint16(head[19:]))
-		if n == 0 {
-			n = int64(binary.LittleEndian.Uint32(head[32:]))
+		for _, p := range s.Parts {
+			if p.Name != name {
+				continue
+			}
+			h := sha256.New()
+			if _, err := io.CopyN(h, io.NewSectionReader(p.Flash, 0, p.Flash.Size()), n); err != nil {
+				return nil, err
+			}
+			m[name] = hex.EncodeToString(h.Sum(nil))
 		}
-		h := sha256.New()
-		if _, err := io.Copy(h, io.NewSectionReader(p.Flash, 0, min(n*512, p.Flash.Size()))); err != nil {
-			return nil, err
-		}
-		m[p.Name] = hex.EncodeToString(h.Sum(nil))
 	}
 	return m, nil
 }
@@ -346,6 +355,14 @@ func partition(name string) (path string, err error) {
 		return fmt.Errorf("no partition %s", name)
 	})
 	return path, err
+}
+
+// openPart opens a part of a slot: a file, or else a partition such as "kernel-a".
+func openPart(l loader, part, slot string) (*fileflash.File, error) {
+	if l.files != "" {
+		return fileflash.Open(fmt.Sprintf(l.files, slot)+part, nil)
+	}
+	return openPartition(part + "-" + slot)
 }
 
 func openPartition(name string) (*fileflash.File, error) {
