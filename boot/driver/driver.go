@@ -163,16 +163,25 @@ func (b *Bootloader) Heal(ctx context.Context) (ota.BootState, error) {
 	}
 	defer b.release()
 	v, err := b.look(ctx, heal)
-	if err != nil {
+	factory := errors.Is(err, ota.ErrNoBootState)
+	if err != nil && !factory {
 		return v.state, err
 	}
-	if v.state.Committed && v.choice.Worn {
+	// A device as it came from the factory has a loader that counts, too.
+	confirmed := v.choice
+	if !factory {
+		confirmed = want(v.state)
+	}
+	if v.choice.Worn && !confirmed.Trial {
 		// Only firmware that runs has shown that it boots.
-		if id, rerr := b.d.Running(ctx); rerr == nil && id == v.state.Active {
-			if err := b.write(ctx, want(v.state)); err != nil {
-				return v.state, err
+		if id, rerr := b.d.Running(ctx); rerr == nil && id == confirmed.Active {
+			if werr := b.write(ctx, Choice{Active: id, Revert: ota.NoSlot}); werr != nil {
+				return v.state, werr
 			}
 		}
+	}
+	if factory {
+		return v.state, err
 	}
 	switch {
 	case v.fromNew:

@@ -129,6 +129,45 @@ func TestForeignChange(t *testing.T) {
 	require.Equal(t, ota.SlotID(1), s.Revert)
 }
 
+// counting is a loader that counts every boot of slot 0.
+type counting struct {
+	driver.Driver
+	c      driver.Choice
+	writes int
+	fail   error
+}
+
+func (l *counting) Running(context.Context) (ota.SlotID, error) { return 0, nil }
+func (l *counting) Read(context.Context) (driver.Choice, error) { return l.c, nil }
+func (l *counting) Write(_ context.Context, c driver.Choice) error {
+	l.c = c
+	l.writes++
+	return l.fail
+}
+
+// TestFactory: boots of a device count before its first update, too.
+func TestFactory(t *testing.T) {
+	ctx := t.Context()
+	heal := func(l *counting) error {
+		b, err := driver.New(l, record(t), record(t))
+		require.NoError(t, err)
+		_, err = b.Heal(ctx)
+		return err
+	}
+	l := &counting{c: driver.Choice{Revert: ota.NoSlot, Worn: true}}
+	require.ErrorIs(t, heal(l), ota.ErrNoBootState)
+	require.Equal(t, driver.Choice{Revert: ota.NoSlot}, l.c)
+	require.ErrorIs(t, heal(l), ota.ErrNoBootState)
+	require.Equal(t, 1, l.writes, "only what is worn is written")
+
+	l = &counting{c: driver.Choice{Active: 1, Revert: ota.NoSlot, Worn: true}}
+	require.ErrorIs(t, heal(l), ota.ErrNoBootState)
+	require.Zero(t, l.writes, "slot 1 does not run")
+
+	l = &counting{c: driver.Choice{Revert: ota.NoSlot, Worn: true}, fail: errStop}
+	require.ErrorIs(t, heal(l), errStop)
+}
+
 // TestLoaderError: what cannot be read is not taken for absent.
 func TestLoaderError(t *testing.T) {
 	ctx := t.Context()

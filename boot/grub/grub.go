@@ -20,10 +20,12 @@
 //
 // # The file
 //
-// The block is replaced by a new file of the same size, synced and renamed. GRUB
-// itself writes in place: its file system must be one that GRUB can write to (no
-// btrfs, ZFS, LVM or RAID with redundancy, no compression). Variables that choose
-// the slot are kept in the first 512 bytes, which storage writes at once.
+// GRUB writes into the blocks that the file has, and so does this package: a new file
+// in its place would be seen too late on file systems with a journal, which GRUB does
+// not replay. What is in the first 512 bytes changes at once, because storage writes
+// them at once; so all variables must be there, and others that do not fit must go
+// ([ErrFull]). The file system must be one that GRUB can write to: no btrfs, ZFS, LVM
+// or RAID with redundancy, no compression.
 package grub
 
 import (
@@ -65,7 +67,7 @@ type Config struct {
 	// kernel, by the parameter rauc.slot.
 	Running func(context.Context) (ota.SlotID, error)
 
-	files fsys.FS
+	files fsys.Overwriter
 }
 
 // Driver drives a GRUB script; it implements [driver.Driver].
@@ -189,11 +191,9 @@ func (d *Driver) Write(ctx context.Context, c driver.Choice) error {
 	if err != nil {
 		return err
 	}
-	names := []string{varOrder}
 	set := func(name, value string) {
 		if err == nil {
 			err = e.Set(name, value)
-			names = append(names, name)
 		}
 	}
 	active := d.c.Names[c.Active]
@@ -225,10 +225,10 @@ func (d *Driver) Write(ctx context.Context, c driver.Choice) error {
 	if slices.Equal(b, old) {
 		return nil
 	}
-	if !inFirstSector(b, names...) {
-		return fmt.Errorf("grub: the variables that choose a slot do not fit into the first %d bytes: %w", sector, ErrFull)
+	if len(b) < fsys.Sector || used(b) > fsys.Sector || used(old) > fsys.Sector {
+		return fmt.Errorf("grub: %d bytes of variables, %d before: only the first %d can be written at once: %w", used(b), used(old), fsys.Sector, ErrFull)
 	}
-	if err := fsys.Replace(d.c.files, d.c.Path, b); err != nil {
+	if err := d.c.files.OverwriteSector(d.c.Path, (*[fsys.Sector]byte)(b)); err != nil {
 		return fmt.Errorf("grub: %w", err)
 	}
 	got, err := d.c.files.ReadFile(d.c.Path)

@@ -72,7 +72,7 @@ func block(t testing.TB) []byte {
 }
 
 // script does what grub.cfg does; what save_env writes is one sector, in place.
-func script(ctx context.Context, files fsys.FS) (string, error) {
+func script(ctx context.Context, files fsys.Overwriter) (string, error) {
 	d, err := New(&Config{Path: "/grubenv", Names: []string{"A", "B"}, files: files})
 	if err != nil {
 		return "", err
@@ -101,7 +101,7 @@ func script(ctx context.Context, files fsys.FS) (string, error) {
 			if err != nil {
 				return "", err
 			}
-			return n, fsys.Replace(files, "/grubenv", b)
+			return n, files.OverwriteSector("/grubenv", (*[fsys.Sector]byte)(b))
 		}
 		if err := e.Set(last+"_TRY", "0"); err != nil {
 			return "", err
@@ -110,7 +110,7 @@ func script(ctx context.Context, files fsys.FS) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		if err := fsys.Replace(files, "/grubenv", b); err != nil {
+		if err := files.OverwriteSector("/grubenv", (*[fsys.Sector]byte)(b)); err != nil {
 			return "", err
 		}
 	}
@@ -254,6 +254,27 @@ func TestFirstSector(t *testing.T) {
 	got, err := s.ReadFile("/grubenv")
 	require.NoError(t, err)
 	require.Equal(t, b, got)
+}
+
+// TestInPlace: the file stays the one that GRUB knows, on the blocks that it knows.
+func TestInPlace(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "grubenv")
+	require.NoError(t, os.WriteFile(name, block(t), 0o600))
+	before, err := os.Stat(name)
+	require.NoError(t, err)
+	d, err := New(&Config{Path: filepath.ToSlash(name), Names: []string{"A", "B"}})
+	require.NoError(t, err)
+	want := driver.Choice{Active: 1, Trial: true, Revert: 0, Tries: 1}
+	require.NoError(t, d.Write(t.Context(), want))
+	after, err := os.Stat(name)
+	require.NoError(t, err)
+	require.True(t, os.SameFile(before, after))
+	require.Equal(t, int64(BlockSize), after.Size())
+	got, err := d.Read(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, want, got)
+	require.NoError(t, os.Truncate(name, 40))
+	require.Error(t, d.Write(t.Context(), driver.Choice{Active: 1, Revert: ota.NoSlot}))
 }
 
 func FuzzBlock(f *testing.F) {

@@ -1,0 +1,121 @@
+package qemu_test
+
+import (
+	"github.com/stretchr/testify/require"
+
+	"github.com/slotota/ota/interop/qemu"
+)
+
+// device is a machine with a boot loader, and what to expect of the loader.
+type device struct {
+	*factory
+	v1    *image // in slot 0, where it begins
+	power func() *machine
+	// starts is what the loader writes before it starts a slot, refuses what it
+	// writes if it cannot load the kernel of slot 1; "" if it does not say.
+	starts  [2]string
+	refuses string
+	resets  bool // somebody must reset the machine then
+	// hangs is what ends a hang: "softdog" if the guest's own watchdog does,
+	// "loader" if one that the loader starts does.
+	hangs string
+	// selected checks with the loader's own tool what the next boot does.
+	selected func(slot int, trial bool)
+}
+
+// started waits for the loader to start a slot.
+func (d *device) started(m *machine, slot int) {
+	d.t.Helper()
+	if d.starts[slot] != "" {
+		m.await(*bootLimit, d.starts[slot])
+	}
+}
+
+// test is the life of a device: updates that fail in every way, and one that is
+// committed.
+func (d *device) test() {
+	t := d.t
+	good := d.image("v2", "", nil)
+	v2 := d.bundle(good)
+	m := d.power()
+	settled := func(slot int, version string) qemu.Report {
+		t.Helper()
+		d.started(m, slot)
+		r := m.ready(slot, version)
+		require.True(t, r.Committed)
+		require.Equal(t, slot, r.Active)
+		d.selected(slot, false)
+		return r
+	}
+	install := func(url string, timeout int) {
+		t.Helper()
+		r := m.do("update %s %d", url, timeout)
+		require.Equal(t, 1, r.Active)
+		require.False(t, r.Committed)
+		d.selected(1, true)
+		m.log("installed: %d bytes written, %d in place", r.Written, r.Skipped)
+		m.send("reboot")
+	}
+	trial := func() {
+		t.Helper()
+		d.started(m, 1)
+		require.True(t, m.ready(1, "v2").Trial)
+	}
+	back := func(reason string) {
+		t.Helper()
+		r := settled(0, "v1")
+		require.Equal(t, "reverted", r.Outcome)
+		require.Equal(t, reason, r.Reason)
+		require.Equal(t, 1, r.LastSlot)
+		m.log("back in slot 0: %s", r.Reason)
+	}
+	const fellBack = "boot loader fell back"
+
+	settled(0, "v1")
+	m.log("a trial that nobody commits")
+	install(v2, 5)
+	trial()
+	m.await(*bootLimit, "reboot: Restarting system")
+	back("commit timeout")
+
+	m.log("a panic in the new image")
+	install(d.bundle(d.image("panics", "exit", nil)), 600)
+	d.started(m, 1)
+	m.await(*bootLimit, panicLine)
+	back(fellBack)
+
+	m.log("a kernel that cannot be loaded")
+	install(d.bundle(d.image("unloadable", "", []byte("this is no kernel"))), 600)
+	if d.refuses != "" {
+		m.await(*bootLimit, d.refuses)
+	}
+	if d.resets {
+		m.cut()
+		m = d.power()
+	}
+	back(fellBack)
+
+	m.log("a hang, with the watchdog of %s", d.hangs)
+	if d.hangs == "loader" {
+		install(d.bundle(d.image("hangs", "hang", nil)), 600)
+		d.started(m, 1)
+	} else {
+		install(v2, 600)
+		trial()
+		m.send("hang")
+	}
+	m.await(*bootLimit, "^"+qemu.Prefix+qemu.Hang)
+	back(fellBack)
+
+	m.log("a commit")
+	m.holds(d.v1)
+	install(v2, 600)
+	trial()
+	m.holds(good)
+	require.Equal(t, "committed", m.do("commit").Outcome)
+	d.selected(1, false)
+	m.send("reboot")
+	require.Equal(t, "committed", settled(1, "v2").Outcome)
+	m.holds(good)
+	m.off()
+}
