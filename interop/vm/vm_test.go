@@ -51,7 +51,7 @@ func kernel(t *testing.T) (image string, mods map[string]string) {
 	dir = filepath.Join(dir, "amd64-generic")
 	images, err := filepath.Glob(filepath.Join(dir, "boot", "vmlinuz-*"))
 	if err != nil || len(images) == 0 {
-		missing(t, "a kernel", "unpack the package linux-image-amd64 in "+dir)
+		missing(t, "a kernel", "interop/qemu/setup vm unpacks it to "+dir)
 	}
 	mods = map[string]string{}
 	require.NoError(t, filepath.WalkDir(filepath.Join(dir, "lib", "modules"), func(path string, _ fs.DirEntry, err error) error {
