@@ -133,12 +133,23 @@ func (osFiles) create(name string) (newFile, error) {
 	return os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 }
 
-func (osFiles) rename(from, to string) error { return os.Rename(from, to) }
-func (osFiles) remove(name string) error     { return os.Remove(name) }
+// rename syncs the file under its new name: until then Linux leaves it without
+// content on FAT, whatever happens to the directory.
+func (osFiles) rename(from, to string) error {
+	if err := os.Rename(from, to); err != nil {
+		return err
+	}
+	return syncPath(to)
+}
 
-func (osFiles) syncDir(name string) error {
+func (osFiles) remove(name string) error { return os.Remove(name) }
+
+func (osFiles) syncDir(name string) error { return syncPath(name) }
+
+// syncPath syncs a file or directory.
+func syncPath(name string) error {
 	if runtime.GOOS == "windows" {
-		return nil // directories cannot be opened for that
+		return nil // not possible for what is open for reading only
 	}
 	d, err := os.Open(name)
 	if err != nil {

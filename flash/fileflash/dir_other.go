@@ -2,5 +2,5 @@
 
 package fileflash
 
-// syncDir has no counterpart here: names are durable with the file.
-func syncDir(string) error { return nil }
+// syncPath has no counterpart here: names are durable with the file.
+func syncPath(string) error { return nil }

@@ -4,9 +4,9 @@ package fileflash
 
 import "os"
 
-// syncDir makes a new name in dir durable.
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
+// syncPath makes a file durable, or the names in a directory.
+func syncPath(path string) error {
+	d, err := os.Open(path)
 	if err != nil {
 		return err
 	}

@@ -234,8 +234,12 @@ func create(path string, o *Options) (err error) {
 		if err := os.Rename(tmp, path); err != nil {
 			return err
 		}
+		// On FAT the new name leads to the content only after this.
+		if err := syncPath(path); err != nil {
+			return err
+		}
 	}
-	return syncDir(filepath.Dir(path))
+	return syncPath(filepath.Dir(path))
 }
 
 // Size returns the size in bytes.

@@ -161,11 +161,19 @@ func (o OS) copyMode(from, to string) error {
 	return os.Chmod(o.path(to), info.Mode().Perm())
 }
 
-// Rename implements [FS].
-func (o OS) Rename(from, to string) error { return os.Rename(o.path(from), o.path(to)) }
+// Rename implements [FS]. On FAT, Linux notes where the content of the file is under
+// the new name when it syncs the file, not when it syncs the directory (6.1,
+// fs/fat/namei_vfat.c, vfat_rename); until then a power cut leaves an empty file, or
+// one in clusters that were freed.
+func (o OS) Rename(from, to string) error {
+	if err := os.Rename(o.path(from), o.path(to)); err != nil {
+		return err
+	}
+	return syncPath(o.path(to))
+}
 
 // Remove implements [FS].
 func (o OS) Remove(name string) error { return os.Remove(o.path(name)) }
 
 // SyncDir implements [FS].
-func (o OS) SyncDir(name string) error { return syncDir(o.path(name)) }
+func (o OS) SyncDir(name string) error { return syncPath(o.path(name)) }

@@ -2,5 +2,5 @@
 
 package fsys
 
-// syncDir does nothing: directories cannot be synced here.
-func syncDir(string) error { return nil }
+// syncPath does nothing: what is not open for writing cannot be synced here.
+func syncPath(string) error { return nil }

@@ -7,7 +7,8 @@ import (
 	"os"
 )
 
-func syncDir(name string) error {
+// syncPath syncs a file or directory.
+func syncPath(name string) error {
 	d, err := os.Open(name)
 	if err != nil {
 		return err

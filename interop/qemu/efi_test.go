@@ -205,17 +205,18 @@ func TestSystemdBoot(t *testing.T) {
 	d.power = func() *machine { return powerEFI(t, vars, disk, "-machine", "q35") }
 	d.selected = func(slot int, trial bool) {
 		t.Helper()
-		list := strings.Fields(run(t, "mdir", "-b", "-i", fmt.Sprintf("%s@@%d", disk, 2*mib), "::/loader/entries"))
-		for i := range list {
-			list[i] = path.Base(list[i])
-		}
-		name := "ota-" + string(rune('a'+slot))
-		if trial {
-			require.Contains(t, list, name+"+1.conf")
-		} else {
-			require.Contains(t, list, name+".conf")
-		}
+		esp := fmt.Sprintf("%s@@%d", disk, 2*mib)
+		list := strings.Fields(run(t, "mdir", "-b", "-i", esp, "::/loader/entries"))
 		require.Len(t, list, 2)
+		name := "::/loader/entries/ota-" + string(rune('a'+slot))
+		if trial {
+			name += "+1"
+		}
+		require.Contains(t, list, name+".conf")
+		for _, name := range list {
+			slot, _, _ := strings.Cut(path.Base(name)[len("ota-"):], ".")
+			require.Equal(t, string(entry(slot[:1])), run(t, "mtype", "-i", esp, name), name)
+		}
 	}
 	d.test()
 }
@@ -233,7 +234,7 @@ func TestBootGuard(t *testing.T) {
 	config := func(slot string, revision int, img *image) []byte {
 		env := f.path("BGENV.DAT")
 		os.Remove(env)
-		run(t, "bg_setenv", "-f", env, "-r", fmt.Sprint(revision), "-s", "0", "-w", "20", "--kernel=C:KERNEL-"+slot+":kernel",
+		run(t, "bg_setenv", "-f", env, "-r", fmt.Sprint(revision), "-s", "0", "-w", "90", "--kernel=C:KERNEL-"+slot+":kernel",
 			"--args=console=ttyS0 panic=1 quiet initrd=\\initrd ota.loader=efibootguard ota.slot="+slot)
 		label := efi.EncodeString("KERNEL-" + slot)
 		return f.fat(append(slotFiles("/", img), file{"/EFILABEL", label[:len(label)-2]}, file{"/BGENV.DAT", f.read(env)})...)
