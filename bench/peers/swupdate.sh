@@ -20,7 +20,7 @@ prepare)
 	printf '%s\n' sw-description sw-description.sig rootfs.img | cpio -o -H crc --quiet >fw.swu
 	rm rootfs.img
 	echo 'globals : { };' >swupdate.cfg
-	echo "SWUpdate $(swupdate --version 2>&1 | grep -o '[0-9]*\.[0-9]*' | head -1 || true), $2"
+	echo "SWUpdate $(dpkg-query -W -f "\${Version}" swupdate 2>/dev/null || true), $2"
 	;;
 install) swupdate -f swupdate.cfg -k cert.pem -H board:1.0 -l 3 -i fw.swu ;;
 esac
