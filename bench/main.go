@@ -1,15 +1,8 @@
 //go:build linux
 
-// Bench measures installs beside their bounds and prints a table of ratios:
-//
-//	bench/run [-rounds 5] [-size 256] [-dir /dev/shm] [-rows regexp]
-//
-// Each row alternates with what it is compared with, in the same run, on slots with
-// the same content, and shows medians. Slots are loop devices on files in -dir,
-// which needs root and losetup (package mount); without them they are the files
-// themselves, which is said. dd and openssl are those of the system.
-//
-// To add a row, write a function that measures and returns one, and list it in rows.
+// Bench measures installs beside their bounds and prints a table of ratios; see
+// README.md. To add a row, write a function that measures and returns one, and list
+// it in rows.
 package main
 
 import (
@@ -30,27 +23,35 @@ import (
 	mrand "math/rand/v2"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/bundle"
-	"github.com/slotota/ota/flash/memflash"
-	"github.com/slotota/ota/internal/sim"
 )
 
 func main() {
 	b := &bench{}
 	flag.IntVar(&b.rounds, "rounds", 5, "how often each thing is measured")
-	flag.Int64Var(&b.size, "size", 256, "`MiB` of the image")
-	dir := flag.String("dir", "/dev/shm", "`directory` of the slots")
+	mib := flag.Int64("size", 256, "`MiB` of the image, if it is made up")
+	dir := flag.String("dir", "/dev/shm", "`directory` of the slots and bundles")
+	peers := flag.String("peers", ".", "only other updaters whose name matches `regexp`")
 	match := flag.String("rows", "", "only rows whose name matches `regexp`")
+	b.pack.Encoding = bundle.EncodingZstd
+	flag.IntVar(&b.pack.Level, "level", 0, "`level` of zstd in bundles; 0 means the default, as in the next ones")
+	flag.Int64Var(&b.pack.Frame, "frame", 0, "`bytes` of a frame")
+	flag.Int64Var(&b.pack.Chunk, "chunk", 0, "`bytes` of a chunk")
+	flag.StringVar(&b.profile, "profile", "", "`file` for a CPU profile of the last install")
 	flag.Parse()
-	if err := b.run(*dir, *match); err != nil {
+	b.size = *mib << 20
+	if err := b.run(*dir, *match, *peers); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -72,7 +73,11 @@ var rows = []struct {
 	name string
 	run  func(*bench) ([]row, error)
 }{
-	{"local", local},
+	{"stored", stored},
+	{"zstd", zstd},
+	{"http", overHTTP},
+	{"memory", memory},
+	{"small", smallChange},
 	{"same", same},
 	{"resume", resume},
 	{"nor", nor},
@@ -81,32 +86,52 @@ var rows = []struct {
 // bench is the surroundings of all rows.
 type bench struct {
 	rounds  int
-	size    int64 // MiB
+	size    int64 // of an image
 	dir     string
-	slot    string // path of the target slot
-	install string // path of the program
-	images  [2]string
-	bundles [2]string
+	profile string
+	pack    bundle.Packing // of compressed bundles
+	install string         // path of the program
 	key     string
+	old     string // image: version 1
+	new     string // image: version 2
+	junk    string // image that has nothing in common with them
+	slots   [2]string
+	made    map[string]string // bundles, by name
+	signer  crypto.Signer
+	only    *regexp.Regexp // peers
+	close   []func()
 }
 
-func (b *bench) run(dir, match string) (err error) {
+func (b *bench) run(dir, match, peers string) (err error) {
 	re, err := regexp.Compile(match)
 	if err != nil {
+		return err
+	}
+	if b.only, err = regexp.Compile(peers); err != nil {
 		return err
 	}
 	if b.dir, err = os.MkdirTemp(dir, "ota-bench"); err != nil {
 		return err
 	}
-	defer os.RemoveAll(b.dir)
-	detach, err := b.prepare()
-	if detach != nil {
-		defer detach()
-	}
-	if err != nil {
+	tidy := sync.OnceFunc(func() {
+		for _, fn := range slices.Backward(b.close) {
+			fn()
+		}
+		os.RemoveAll(b.dir)
+	})
+	defer tidy()
+	stop := make(chan os.Signal, 1)
+	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-stop
+		tidy()
+		os.Exit(1)
+	}()
+	if err := b.prepare(); err != nil {
 		return err
 	}
-	fmt.Printf("%-44s %12s   %-34s %12s  %6s  %s\n", "what", "", "compared with", "", "ratio", "")
+	fmt.Println(machine())
+	fmt.Printf("%-46s %12s   %-42s %12s  %6s  %s\n", "what", "", "compared with", "", "ratio", "")
 	for _, r := range rows {
 		if !re.MatchString(r.name) {
 			continue
@@ -118,13 +143,36 @@ func (b *bench) run(dir, match string) (err error) {
 		for _, r := range rs {
 			r.print()
 		}
+		fmt.Println("   load average", load())
 	}
 	return nil
 }
 
+// machine says what the figures are of.
+func machine() string {
+	model := runtime.GOARCH
+	if text, err := os.ReadFile("/proc/cpuinfo"); err == nil {
+		for line := range strings.Lines(string(text)) {
+			if k, v, _ := strings.Cut(line, ":"); strings.TrimSpace(k) == "model name" {
+				model = strings.TrimSpace(v)
+				break
+			}
+		}
+	}
+	kernel, _ := os.ReadFile("/proc/sys/kernel/osrelease")
+	return fmt.Sprintf("%s, %d cores, Linux %s, %s", model, runtime.NumCPU(), strings.TrimSpace(string(kernel)), runtime.Version())
+}
+
+func load() string {
+	text, _ := os.ReadFile("/proc/loadavg")
+	return strings.Join(strings.Fields(string(text))[:1], "")
+}
+
 func (r *row) print() {
-	ratio, target := "", ""
+	number := func(v float64) string { return strings.TrimSuffix(fmt.Sprintf("%.3f", v), ".000") + " " + r.unit }
+	bound, ratio, target := "", "", ""
 	if r.bound > 0 {
+		bound = number(r.bound)
 		ratio = fmt.Sprintf("%.3f", r.ours/r.bound)
 		if r.want > 0 {
 			target = fmt.Sprintf("wanted ≤ %v", r.want)
@@ -133,95 +181,206 @@ func (r *row) print() {
 			}
 		}
 	}
-	number := func(v float64) string { return strings.TrimSuffix(fmt.Sprintf("%.3f", v), ".000") + " " + r.unit }
-	fmt.Printf("%-44s %12s   %-34s %12s  %6s  %s\n", r.what, number(r.ours), r.than, number(r.bound), ratio, target)
+	fmt.Printf("%-46s %12s   %-42s %12s  %6s  %s\n", r.what, number(r.ours), r.than, bound, ratio, target)
 	for _, c := range r.comments {
 		fmt.Println("  ", c)
 	}
 }
 
-// prepare makes two images, their bundles, the program and the slot. detach gives
-// the slot back.
-func (b *bench) prepare() (detach func(), err error) {
+// prepare makes the images, the program and the slots.
+func (b *bench) prepare() error {
 	b.install = filepath.Join(b.dir, "install")
-	build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", b.install, "./bench/install")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("%w: %s", err, out)
+	if err := build(b.install, "./bench/install"); err != nil {
+		return err
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return nil, err
+		return err
 	}
+	b.signer = key
 	der, err := x509.MarshalPKIXPublicKey(key.Public())
 	if err != nil {
-		return nil, err
+		return err
 	}
 	b.key = filepath.Join(b.dir, "key.pem")
 	if err := os.WriteFile(b.key, pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}), 0o600); err != nil {
-		return nil, err
-	}
-	for i := range b.images {
-		b.images[i] = filepath.Join(b.dir, fmt.Sprintf("v%d.img", i+1))
-		b.bundles[i] = filepath.Join(b.dir, fmt.Sprintf("v%d.zip", i+1))
-		if err := b.image(i, key); err != nil {
-			return nil, err
-		}
-	}
-	b.slot = filepath.Join(b.dir, "slot.img")
-	if out, err := exec.Command("cp", b.images[0], b.slot).CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("%w: %s", err, out)
-	}
-	out, err := exec.Command("losetup", "-f", "--show", b.slot).Output()
-	if err != nil {
-		fmt.Printf("no loop device (%v): the slot is a file, in %s\n", err, b.dir)
-		return nil, nil
-	}
-	loop := strings.TrimSpace(string(out))
-	b.slot = loop
-	return func() { exec.Command("losetup", "-d", loop).Run() }, nil
-}
-
-// image writes image i and its bundle.
-func (b *bench) image(i int, key crypto.Signer) error {
-	f, err := os.Create(b.images[i])
-	if err != nil {
 		return err
 	}
-	defer f.Close()
-	rng := mrand.NewChaCha8([32]byte{byte(i)})
-	if _, err := io.CopyN(f, rng, b.size<<20); err != nil {
+	if err := b.images(); err != nil {
 		return err
 	}
-	z, err := os.Create(b.bundles[i])
-	if err != nil {
-		return err
-	}
-	defer z.Close()
-	m := &bundle.Manifest{Name: "bench", Platform: "bench", Version: fmt.Sprint(i + 1), Parts: []bundle.Part{{Name: "rootfs", Src: "rootfs"}}}
-	files := map[string]bundle.File{"rootfs": io.NewSectionReader(f, 0, b.size<<20)}
-	return bundle.Write(context.Background(), z, m, files, &bundle.WriteOptions{Keys: []crypto.Signer{key}})
-}
-
-// reset puts image i into the slot, and what is read into the page cache.
-func (b *bench) reset(i int) error {
-	if err := run(nil, "dd", "if="+b.images[i], "of="+b.slot, "bs=4M", "conv=fsync,notrunc", "status=none"); err != nil {
-		return err
-	}
-	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("1"), 0); err != nil && !errors.Is(err, os.ErrPermission) {
-		return err
-	}
-	for _, name := range slices.Concat(b.images[:], b.bundles[:]) {
-		if err := run(nil, "cat", name); err != nil {
+	for i := range b.slots {
+		path := filepath.Join(b.dir, fmt.Sprintf("slot%d.img", i))
+		if err := copyFile(path, b.old); err != nil {
 			return err
 		}
+		out, err := exec.Command("losetup", "-f", "--show", path).Output()
+		if err != nil {
+			fmt.Printf("no loop device (%v): slot %d is a file, in %s\n", err, i, b.dir)
+			b.slots[i] = path
+			continue
+		}
+		b.slots[i] = strings.TrimSpace(string(out))
+		b.close = append(b.close, func() { exec.Command("losetup", "-d", b.slots[i]).Run() })
+	}
+	b.made = map[string]string{}
+	return nil
+}
+
+func build(out, pkg string) error {
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", out, pkg)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if text, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%w: %s", err, text)
 	}
 	return nil
 }
 
-// check compares the slot with image i.
-func (b *bench) check(i int) error {
-	return run(nil, "cmp", "-n", fmt.Sprint(b.size<<20), b.slot, b.images[i])
+func copyFile(to, from string) error { return run(nil, "cp", from, to) }
+
+// images finds or makes up the images.
+func (b *bench) images() error {
+	b.junk = filepath.Join(b.dir, "junk.img")
+	b.old, b.new = os.Getenv("BENCH_OLD"), os.Getenv("BENCH_NEW")
+	if (b.old == "") != (b.new == "") {
+		return errors.New("BENCH_OLD and BENCH_NEW go together")
+	}
+	if b.old == "" {
+		b.old, b.new = filepath.Join(b.dir, "v1.img"), filepath.Join(b.dir, "v2.img")
+		if err := makeUp(b.old, b.new, b.size); err != nil {
+			return err
+		}
+	}
+	for _, p := range []*string{&b.old, &b.new} {
+		if filepath.Dir(*p) == b.dir {
+			continue
+		}
+		// In memory, all of them, as the slots are.
+		to := filepath.Join(b.dir, filepath.Base(*p))
+		if err := copyFile(to, *p); err != nil {
+			return err
+		}
+		*p = to
+	}
+	old, err := os.Stat(b.old)
+	if err != nil {
+		return err
+	}
+	st, err := os.Stat(b.new)
+	if err != nil {
+		return err
+	}
+	if old.Size() != st.Size() {
+		return fmt.Errorf("images of %d and of %d bytes", old.Size(), st.Size())
+	}
+	b.size = st.Size()
+	f, err := os.Create(b.junk)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = io.CopyN(f, mrand.NewChaCha8([32]byte{9}), b.size)
+	return err
+}
+
+// makeUp writes two images of size bytes that look like file systems: a third is
+// text, a third is like programs, a third is empty. One in a hundred files of the
+// second one is new, and one in a hundred lies elsewhere.
+func makeUp(old, new string, size int64) error {
+	rng := mrand.New(mrand.NewChaCha8([32]byte{1}))
+	words := make([][]byte, 4000)
+	for i := range words {
+		words[i] = make([]byte, 3+rng.IntN(9))
+		for k := range words[i] {
+			words[i][k] = byte('a' + rng.IntN(26))
+		}
+	}
+	file := func(n int64) []byte {
+		b := make([]byte, 0, n+16)
+		switch rng.IntN(3) {
+		case 0:
+			for int64(len(b)) < n {
+				b = append(append(b, words[rng.IntN(len(words))]...), ' ')
+			}
+		case 1:
+			for int64(len(b)) < n {
+				b = append(b, 0x48, 0x8b, byte(rng.Uint32()), byte(rng.IntN(16)), byte(rng.Uint32()), 0, 0, byte(rng.IntN(64)))
+			}
+		}
+		return b[:n:n]
+	}
+	var v1, v2 bytes.Buffer
+	for int64(v1.Len()) < size {
+		n := min(4096*(1+int64(rng.ExpFloat64()*16)), size-int64(v1.Len()))
+		f := file(n)
+		v1.Write(f)
+		switch rng.IntN(100) {
+		case 0:
+			f = file(n)
+		case 1:
+			if at := int64(v2.Len()) / 2 / 4096 * 4096; at >= n {
+				f = bytes.Clone(v2.Bytes()[at-n : at])
+			}
+		}
+		v2.Write(f)
+	}
+	if err := os.WriteFile(old, v1.Bytes(), 0o600); err != nil {
+		return err
+	}
+	return os.WriteFile(new, v2.Bytes(), 0o600)
+}
+
+// bundle returns the path of the bundle of the new image that is packed like this.
+func (b *bench) bundle(name string, k bundle.Packing) (string, error) {
+	if path := b.made[name]; path != "" {
+		return path, nil
+	}
+	f, err := os.Open(b.new)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	path := filepath.Join(b.dir, name+".zip")
+	z, err := os.Create(path)
+	if err != nil {
+		return "", err
+	}
+	defer z.Close()
+	m := &bundle.Manifest{Name: "bench", Platform: "bench", Version: "2", Parts: []bundle.Part{{Name: "rootfs", Src: "rootfs"}}}
+	files := map[string]bundle.File{"rootfs": io.NewSectionReader(f, 0, b.size)}
+	err = bundle.Write(context.Background(), z, m, files, &bundle.WriteOptions{Keys: []crypto.Signer{b.signer},
+		Pack: map[string]bundle.Packing{"rootfs": k}})
+	if err != nil {
+		return "", err
+	}
+	b.made[name] = path
+	return path, z.Close()
+}
+
+// The bundles of most rows.
+func (b *bench) stored() (string, error) { return b.bundle("stored", bundle.Packing{}) }
+func (b *bench) zstd() (string, error)   { return b.bundle("zstd", b.pack) }
+
+// fill puts an image into a slot, and leaves none of the slot in the page cache.
+func (b *bench) fill(slot int, image string) error {
+	if err := run(nil, "dd", "if="+image, "of="+b.slots[slot], "bs=4M", "conv=fsync,notrunc", "status=none"); err != nil {
+		return err
+	}
+	return dropCaches()
+}
+
+// dropCaches makes the next read ask the medium. What is in tmpfs stays.
+func dropCaches() error {
+	err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("1"), 0)
+	if errors.Is(err, os.ErrPermission) {
+		return nil
+	}
+	return err
+}
+
+// check compares the target slot with the new image.
+func (b *bench) check() error {
+	return run(nil, "cmp", "-n", fmt.Sprint(b.size), b.slots[1], b.new)
 }
 
 // run runs a program.
@@ -245,244 +404,65 @@ func timed(fn func() error) (float64, error) {
 // installed is what the install program printed.
 type installed struct {
 	Wall, User, Sys, RSS, Heap, Allocated float64
+	Requests                              int64
 	ota.Counts
 
 	whole float64 // seconds from start to exit
 }
 
-// update installs bundle i. fresh makes the boot record forget all.
-func (b *bench) update(i int, fresh bool) (r installed, err error) {
+// state makes an empty directory for a boot record.
+func (b *bench) state() (string, error) {
 	state := filepath.Join(b.dir, "state")
-	if fresh {
-		if err := os.RemoveAll(state); err != nil {
-			return r, err
-		}
+	if err := os.RemoveAll(state); err != nil {
+		return "", err
 	}
-	if err := os.MkdirAll(state, 0o700); err != nil {
-		return r, err
+	return state, os.Mkdir(state, 0o700)
+}
+
+// args are the arguments to install a bundle, and more.
+func (b *bench) args(from string, more ...string) []string {
+	a := []string{"-bundle", from, "-key", b.key, "-slot", b.slots[1], "-state", filepath.Join(b.dir, "state")}
+	if b.profile != "" {
+		a = append(a, "-profile", b.profile)
 	}
+	return append(a, more...)
+}
+
+// again installs a bundle with the boot record that there is.
+func (b *bench) again(from string, more ...string) (r installed, err error) {
 	var out bytes.Buffer
-	r.whole, err = timed(func() error {
-		return run(&out, b.install, "-bundle", b.bundles[i], "-key", b.key, "-slot", b.slot, "-state", state)
-	})
+	r.whole, err = timed(func() error { return run(&out, b.install, b.args(from, more...)...) })
 	if err == nil {
 		err = json.Unmarshal(out.Bytes(), &r)
+	}
+	if err == nil {
+		err = b.check()
 	}
 	return r, err
 }
 
-func median(v []float64) float64 {
-	if len(v) == 0 {
+// fresh installs a bundle into a slot that holds an image, of which the boot record
+// knows nothing.
+func (b *bench) fresh(image, from string, more ...string) (r installed, err error) {
+	if err := b.fill(1, image); err != nil {
+		return r, err
+	}
+	if _, err := b.state(); err != nil {
+		return r, err
+	}
+	return b.again(from, more...)
+}
+
+// series are the values of one thing that was measured repeatedly.
+type series []float64
+
+func (s series) median() float64 {
+	if len(s) == 0 {
 		return math.NaN()
 	}
-	slices.Sort(v)
-	return v[len(v)/2]
+	return slices.Sorted(slices.Values(s))[len(s)/2]
 }
 
-// spread shows how far the values of v are apart.
-func spread(v []float64) string {
-	return fmt.Sprintf("%.3f to %.3f", slices.Min(v), slices.Max(v))
-}
-
-// local: a signed bundle in a file, installed into a slot that holds something else,
-// and read back, beside dd and openssl, which check no signature.
-func local(b *bench) ([]row, error) {
-	var ours, ddOnly, theirs, cpu, rss, heap []float64
-	for range b.rounds {
-		if err := b.reset(0); err != nil {
-			return nil, err
-		}
-		r, err := b.update(1, true)
-		if err != nil {
-			return nil, err
-		}
-		if err := b.check(1); err != nil {
-			return nil, err
-		}
-		ours, cpu, rss, heap = append(ours, r.whole), append(cpu, r.User+r.Sys), append(rss, r.RSS), append(heap, r.Heap)
-		if err := b.reset(0); err != nil {
-			return nil, err
-		}
-		dd, err := timed(func() error {
-			return run(nil, "dd", "if="+b.images[1], "of="+b.slot, "bs=1M", "conv=fsync,notrunc", "status=none")
-		})
-		if err != nil {
-			return nil, err
-		}
-		hash, err := timed(func() error {
-			// What dd has left in the page cache is not what the medium holds.
-			if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("1"), 0); err != nil && !errors.Is(err, os.ErrPermission) {
-				return err
-			}
-			return run(nil, "openssl", "dgst", "-sha256", b.slot)
-		})
-		if err != nil {
-			return nil, err
-		}
-		ddOnly, theirs = append(ddOnly, dd), append(theirs, dd+hash)
-	}
-	what := fmt.Sprintf("local signed bundle, %d MiB", b.size)
-	return []row{
-		{what: what, ours: median(ours), unit: "s", than: "dd conv=fsync; openssl sha256", bound: median(theirs), want: 0.5,
-			comments: []string{
-				"ours " + spread(ours) + ", theirs " + spread(theirs),
-				fmt.Sprintf("CPU %.2f s, heap %.1f MiB", median(cpu), median(heap)),
-			}},
-		{what: "  the same", ours: median(ours), unit: "s", than: "dd conv=fsync, which reads nothing back", bound: median(ddOnly)},
-		{what: "  peak RSS", ours: median(rss), unit: "MiB", than: "figure to keep", bound: 14, want: 1},
-	}, nil
-}
-
-// same: the image that is installed already.
-func same(b *bench) ([]row, error) {
-	if err := b.reset(0); err != nil {
-		return nil, err
-	}
-	if _, err := b.update(1, true); err != nil {
-		return nil, err
-	}
-	var known, unknown, first []float64
-	written := int64(0)
-	for range b.rounds {
-		if err := b.reset(0); err != nil {
-			return nil, err
-		}
-		r, err := b.update(1, true)
-		if err != nil {
-			return nil, err
-		}
-		first = append(first, r.whole)
-		if r, err = b.update(1, false); err != nil {
-			return nil, err
-		}
-		known, written = append(known, r.whole), written+r.Written
-		// Without a boot record that knows of it, it is compared.
-		if r, err = b.update(1, true); err != nil {
-			return nil, err
-		}
-		unknown = append(unknown, r.whole)
-	}
-	return []row{
-		{what: "same image again", ours: median(known), unit: "s", than: "the first time", bound: median(first)},
-		{what: "  written", ours: float64(written) / (1 << 20), unit: "MiB", than: "the image", bound: float64(b.size) * float64(b.rounds), want: 1e-9},
-		{what: "same image, boot record lost", ours: median(unknown), unit: "s", than: "the first time", bound: median(first)},
-	}, nil
-}
-
-// resume: killed at a random moment, again and again, until an install gets through.
-func resume(b *bench) ([]row, error) {
-	if err := b.reset(0); err != nil {
-		return nil, err
-	}
-	clean, err := b.update(1, true)
-	if err != nil {
-		return nil, err
-	}
-	if err := b.reset(0); err != nil {
-		return nil, err
-	}
-	before, err := writtenTo(b.slot)
-	if err != nil {
-		return []row{{what: "resume", than: "no loop device to count at: " + err.Error()}}, nil
-	}
-	state := filepath.Join(b.dir, "state")
-	if err := os.RemoveAll(state); err != nil {
-		return nil, err
-	}
-	if err := os.Mkdir(state, 0o700); err != nil {
-		return nil, err
-	}
-	const kills = 20
-	for range kills {
-		cmd := exec.Command(b.install, "-bundle", b.bundles[1], "-key", b.key, "-slot", b.slot, "-state", state)
-		if err := cmd.Start(); err != nil {
-			return nil, err
-		}
-		time.Sleep(time.Duration(mrand.Float64() * clean.whole * 0.9 * float64(time.Second)))
-		cmd.Process.Signal(syscall.SIGKILL)
-		cmd.Wait()
-	}
-	last, err := b.update(1, false)
-	if err != nil {
-		return nil, err
-	}
-	if err := b.check(1); err != nil {
-		return nil, err
-	}
-	after, err := writtenTo(b.slot)
-	if err != nil {
-		return nil, err
-	}
-	return []row{{what: fmt.Sprintf("killed %d times, written at the device", kills), ours: float64(after-before) / (1 << 20), unit: "MiB",
-		than: "one clean run", bound: float64(clean.Written) / (1 << 20), want: 1.05,
-		comments: []string{fmt.Sprintf("the last run wrote %.1f MiB", float64(last.Written)/(1<<20))}}}, nil
-}
-
-// writtenTo returns how many bytes were written to a block device so far: Linux,
-// Documentation/block/stat.rst, write sectors.
-func writtenTo(dev string) (int64, error) {
-	text, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(dev), "stat"))
-	if err != nil {
-		return 0, err
-	}
-	f := strings.Fields(string(text))
-	if len(f) < 7 {
-		return 0, fmt.Errorf("%q", text)
-	}
-	var n int64
-	_, err = fmt.Sscan(f[6], &n)
-	return n * 512, err
-}
-
-// nor: erases of a simulated NOR flash, for a firmware that differs here and there.
-func nor(*bench) ([]row, error) {
-	const size, sector = 1 << 20, 4 << 10
-	cfg := memflash.Config{Size: size, EraseSize: sector, WriteSize: 256}
-	d, err := sim.New(sim.Geometry{App: cfg, FS: memflash.Config{Size: sector}, Record: memflash.Config{Size: sector}})
-	if err != nil {
-		return nil, err
-	}
-	d.Running = 0
-	ctx := context.Background()
-	dev, err := ota.Open(ctx, d.Record, d.Slots, &ota.Options{Platform: "sim"})
-	if err != nil {
-		return nil, err
-	}
-	content := make([]byte, size)
-	mrand.NewChaCha8([32]byte{}).Read(content)
-	update := func() error {
-		img := &sim.Image{V: 2, Unsigned: true, Mutate: func(i *ota.ImageInfo) {
-			i.Unsigned = true
-			i.Parts[0].Size, i.Parts[0].SHA256 = size, nil
-		}, Wrap: func(part string, r io.Reader) io.Reader {
-			if part == "app" {
-				return bytes.NewReader(content)
-			}
-			return r
-		}}
-		if _, err := dev.Update(ctx, img, nil); err != nil {
-			return err
-		}
-		return dev.Revert(ctx)
-	}
-	if err := update(); err != nil {
-		return nil, err
-	}
-	before := d.Chip.Wear(2)
-	changed := map[int]bool{}
-	for range 40 {
-		at := mrand.IntN(size)
-		content[at]++
-		changed[at/sector] = true
-	}
-	if err := update(); err != nil {
-		return nil, err
-	}
-	erased, most := 0, 0
-	for i, n := range d.Chip.Wear(2) {
-		erased += n - before[i]
-		most = max(most, n-before[i])
-	}
-	return []row{{what: "NOR, 1 MiB in sectors of 4 KiB: erases", ours: float64(erased), than: "sectors that changed", bound: float64(len(changed)), want: 1,
-		comments: []string{fmt.Sprintf("no sector more than %d times", most)}}}, nil
+func (s series) String() string {
+	return fmt.Sprintf("%.3f to %.3f", slices.Min(s), slices.Max(s))
 }
