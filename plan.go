@@ -275,10 +275,17 @@ func (pl *plan) dirty(off, end int64) bool {
 }
 
 // piece returns where the bytes from off on come from, and where this ends, at end
-// or before.
+// or before: chunks that lie one after another there, too, are one piece.
 func (pl *plan) piece(off, end int64) (from uint8, to int64) {
 	i := off / pl.chunks.Size
-	return pl.from[i], min(pl.chunks.end(i, pl.size), end)
+	from, to = pl.from[i], pl.chunks.end(i, pl.size)
+	for k := i + 1; to < end && pl.from[k] == from; k++ {
+		if from >= fromOther && pl.at[k] != pl.at[k-1]+pl.chunks.Size {
+			break
+		}
+		to = pl.chunks.end(k, pl.size)
+	}
+	return from, min(to, end)
 }
 
 // other returns the slot that the byte at off is copied from, and where it is there.
