@@ -44,6 +44,10 @@ func main() {
 	dir := flag.String("dir", "/dev/shm", "`directory` of the slots and bundles")
 	peers := flag.String("peers", ".", "only other updaters whose name matches `regexp`")
 	match := flag.String("rows", "", "only rows whose name matches `regexp`")
+	b.pack.Encoding = bundle.EncodingZstd
+	flag.IntVar(&b.pack.Level, "level", 0, "`level` of zstd in bundles; 0 means the default, as in the next ones")
+	flag.Int64Var(&b.pack.Frame, "frame", 0, "`bytes` of a frame")
+	flag.Int64Var(&b.pack.Chunk, "chunk", 0, "`bytes` of a chunk")
 	flag.StringVar(&b.profile, "profile", "", "`file` for a CPU profile of the last install")
 	flag.Parse()
 	b.size = *mib << 20
@@ -85,7 +89,8 @@ type bench struct {
 	size    int64 // of an image
 	dir     string
 	profile string
-	install string // path of the program
+	pack    bundle.Packing // of compressed bundles
+	install string         // path of the program
 	key     string
 	old     string // image: version 1
 	new     string // image: version 2
@@ -354,9 +359,7 @@ func (b *bench) bundle(name string, k bundle.Packing) (string, error) {
 
 // The bundles of most rows.
 func (b *bench) stored() (string, error) { return b.bundle("stored", bundle.Packing{}) }
-func (b *bench) zstd() (string, error) {
-	return b.bundle("zstd", bundle.Packing{Encoding: bundle.EncodingZstd})
-}
+func (b *bench) zstd() (string, error)   { return b.bundle("zstd", b.pack) }
 
 // fill puts an image into a slot, and leaves none of the slot in the page cache.
 func (b *bench) fill(slot int, image string) error {

@@ -297,7 +297,11 @@ func smallChange(b *bench) (rs []row, err error) {
 		}
 		theirs, theirBytes = append(theirs, took), s.asked()
 	}
-	changed, err := differing(b.old, b.new, bundle.MinDefaultChunk)
+	chunk := b.pack.Chunk
+	if chunk <= 0 {
+		chunk = bundle.MinDefaultChunk
+	}
+	changed, err := differing(b.old, b.new, int(chunk))
 	if err != nil {
 		return nil, err
 	}
