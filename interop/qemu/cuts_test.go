@@ -86,6 +86,7 @@ func TestPowerCuts(t *testing.T) {
 		moments[i].lasts = max(moments[i].lasts, 100*time.Millisecond)
 		t.Logf("%-10s takes %v", moments[i].name, moments[i].lasts.Round(time.Millisecond))
 	}
+	m.await(*bootLimit, "^"+qemu.Prefix+qemu.Done)
 	m.holds(images["v2"])
 	m.cut()
 
