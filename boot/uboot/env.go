@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -125,7 +126,7 @@ func NewEnv(copies []ota.Flash, o *EnvOptions) (*Env, error) {
 	if o != nil {
 		e.o = *o
 	}
-	if len(copies) < 1 || len(copies) > 2 || len(copies) == 2 && copies[0] == copies[1] {
+	if len(copies) < 1 || len(copies) > 2 || len(copies) == 2 && reflect.TypeOf(copies[0]).Comparable() && copies[0] == copies[1] {
 		return nil, fmt.Errorf("uboot: %d copies of the environment, need one or two different ones: %w", len(copies), ota.ErrInvalid)
 	}
 	if len(copies) == 2 {
