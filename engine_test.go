@@ -445,7 +445,8 @@ func TestRewritesWhatACutLeft(t *testing.T) {
 				require.ErrorIs(t, err, memflash.ErrPowerOff)
 				d.chip.PowerOn()
 				d.open()
-				d.persist(img)
+				next = img
+				d.update(&next)
 				got := make([]byte, size)
 				for range 20 {
 					_, err := d.chip.Flashes()[1].ReadAt(got, 0)
@@ -455,21 +456,6 @@ func TestRewritesWhatACutLeft(t *testing.T) {
 			}
 		}
 	}
-}
-
-// persist updates until it succeeds: a weak bit may have shown itself while a sector
-// was copied.
-func (d *target) persist(img chunked) {
-	d.t.Helper()
-	for range 100 {
-		next := img
-		_, err := d.try(&next)
-		if err == nil {
-			return
-		}
-		require.ErrorIs(d.t, err, ota.ErrDigest)
-	}
-	d.t.Fatal("never succeeds")
 }
 
 // Where only some sectors had to be written, the one that the power cut has caught is
@@ -497,7 +483,8 @@ func TestWeakBitsInBetween(t *testing.T) {
 				require.ErrorIs(t, err, memflash.ErrPowerOff)
 				d.chip.PowerOn()
 				d.open()
-				d.persist(img)
+				next = img
+				d.update(&next)
 				got := make([]byte, size)
 				for range 20 {
 					_, err := d.chip.Flashes()[1].ReadAt(got, 0)
@@ -527,7 +514,8 @@ func TestWeakBitsBehind(t *testing.T) {
 		require.ErrorIs(t, err, memflash.ErrPowerOff)
 		d.chip.PowerOn()
 		d.open()
-		d.persist(img)
+		next = img
+		d.update(&next)
 		got := make([]byte, sector)
 		for range 20 {
 			_, err := d.chip.Flashes()[1].ReadAt(got, size-sector)
@@ -666,13 +654,13 @@ func TestResume(t *testing.T) {
 					}
 					res := d.update(&chunked{content: v2, size: chunk, stream: stream, selected: &read})
 					total += res.Written
-					if !restart || cfg.EraseSize == 0 {
-						// On raw flash a restart may have been a power cut: what is
-						// there need not be read again, but is written again.
+					// On raw flash a restart may have been a power cut.
+					kept := !restart || cfg.EraseSize == 0
+					if kept {
 						require.LessOrEqual(t, total, int64(size*105/100))
 						require.LessOrEqual(t, d.chip.Stats().BytesWritten-before.BytesWritten, int64(size*105/100+26*3*4096))
 					}
-					if !stream {
+					if kept && !stream {
 						require.LessOrEqual(t, read, int64(size+21*12*block), "what was in the pipeline is read again")
 					}
 					// Another image starts over, by itself.

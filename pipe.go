@@ -301,9 +301,8 @@ func (p *pipe) compare(b *block) {
 // pass hands b to the checker. If the flash may hold what a power cut has left
 // behind, some bits of the write that was cut short may be weak: they have been read
 // as what they should be, and may be read otherwise tomorrow. On raw flash nothing
-// tells which write that was, so everything is written again (rewrite), if need be
-// with what the target itself holds. Where a controller hides weak bits a write can
-// still be undone or torn: it ended before the first unit that differs, or at the
+// tells which write that was, so nothing of it is kept or copied (rewrite). Where a
+// controller hides weak bits a write can still be undone or torn: it ended before the first unit that differs, or at the
 // end, or went over it, and everything that it can have reached is written again.
 func (p *pipe) pass(b *block) {
 	if p.job.suspect && !p.rewrite {
