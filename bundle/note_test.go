@@ -67,7 +67,7 @@ func requireReason(t *testing.T, err error, format string, args ...any) {
 	for _, is := range []error{bundle.ErrTruncated, bundle.ErrNotZip, bundle.ErrFormat, bundle.ErrTrailing, bundle.ErrHeaderTooLong, bundle.ErrMismatch,
 		bundle.ErrCompressed, bundle.ErrStreamed, bundle.ErrZip64, bundle.ErrEncrypted, bundle.ErrDuplicate, bundle.ErrName, bundle.ErrNoManifest,
 		bundle.ErrExtraEntry, bundle.ErrMissing, bundle.ErrManifest, bundle.ErrNoDigest, bundle.ErrSize, bundle.ErrCRC, bundle.ErrTooLarge,
-		bundle.ErrDigest, bundle.ErrUnsigned, bundle.ErrSignature} {
+		bundle.ErrDigest, bundle.ErrUnsigned, bundle.ErrSignature, bundle.ErrCorrupt, bundle.ErrIndex, bundle.ErrUnsupported} {
 		if errors.Is(err, is) {
 			return
 		}
