@@ -205,14 +205,15 @@ func (s *server) session(ctx context.Context, fresh bool) (served bool, err erro
 	s.use(c)
 	defer s.use(nil)
 	if topic := s.o.StatusTopic; topic != "" {
-		if err := c.publish(ctx, topic, true, []byte("online")); err != nil {
-			return true, err
-		}
+		// Also if ctx ends before "online" is acknowledged: it may have come.
 		defer func() {
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
 			defer cancel()
 			_ = c.publish(ctx, topic, true, []byte("offline"))
 		}()
+		if err := c.publish(ctx, topic, true, []byte("online")); err != nil {
+			return true, err
+		}
 	}
 	for {
 		// Without a place nothing is taken, and the broker, which has no
