@@ -61,7 +61,8 @@ const (
 	maxSize = 1 << 20
 )
 
-// Var is a variable of the environment.
+// Var is a variable of the environment. One without Name is an entry that is no
+// variable, Value being all of it; it is kept as it is.
 type Var struct{ Name, Value string }
 
 // Vars are the variables of an environment, in its order.
@@ -400,8 +401,8 @@ func (e *Env) enter(ctx context.Context) (leave func(), err error) {
 	}, nil
 }
 
-// parse splits the data of an environment. What has no "=" is kept, as a name
-// without value that format writes as it was.
+// parse splits the data of an environment. What has no name or no "=" is kept, as a
+// value without name that format writes as it was.
 func parse(data []byte) Vars {
 	var v Vars
 	for len(data) > 0 && data[0] != 0 {
@@ -410,7 +411,7 @@ func parse(data []byte) Vars {
 			end = len(data)
 		}
 		name, value, ok := strings.Cut(string(data[:end]), "=")
-		if !ok {
+		if !ok || name == "" {
 			name, value = "", string(data[:end])
 		}
 		v = append(v, Var{name, value})
