@@ -31,11 +31,12 @@ import (
 // SHA-1 are checked by the time the last byte is returned; an error comes with
 // that byte, again from every later Read, and from Next. Of a part that is
 // stored as zstd every frame is checked before it is decoded. The SHA-256 of a
-// part whose data the caller reads is the caller's to check, because
-// [ota.Device.Update] does so anyway. Next checks all of that, and the SHA-256
-// of the stored bytes, for parts of which nothing was read, and for those that
-// are not to be installed. When a part was read to some point but not to its
-// end, Next checks all but the SHA-256.
+// part whose data the caller reads, and those of its chunks, are the caller's to
+// check, because [ota.Device.Update] does so anyway; where there are chunks, it
+// leaves SHA-1 out for them, which takes as long and proves less. Next checks all of that, and the SHA-256 of the stored bytes, for parts of
+// which nothing was read, and for those that are not to be installed. When a part
+// was read to some point but not to its end, Next checks as much as if it had been
+// read by the caller.
 //
 // A Reader of a [Source] reads no more of it than it has to. Next passes over
 // what was not read of a part, and over parts that are not to be installed:
@@ -746,8 +747,9 @@ type data struct {
 	in         packed    // what body reads
 	some       bool      // only wanted is to be yielded
 	wanted     []ota.Range
+	thorough   bool      // the caller sees nothing of it, and checks nothing
 	crc        uint32    // of the content
-	sha1       hash.Hash // nil if the manifest has none
+	sha1       hash.Hash // nil if it is not to be checked
 	err        error     // once nothing is left
 }
 
@@ -758,7 +760,7 @@ func newData(r *Reader, e *entry, q *Part) *data {
 
 // begin prepares the first Read.
 func (d *data) begin() error {
-	if d.q.SHA1 != nil && !d.some {
+	if d.q.SHA1 != nil && !d.some && (d.thorough || d.sec == nil || d.sec.chunks == nil) {
 		d.sha1 = sha1.New()
 	}
 	switch {
@@ -865,6 +867,7 @@ func (d *data) drain() error {
 	}
 	var c *checker
 	if d.body == nil && d.q.SHA256 != nil {
+		d.thorough = true
 		c = &checker{whole: sha256.New()}
 		if st := d.q.Storage; st != nil && st.Encoding == EncodingZstd {
 			d.in.sum = sha256.New()
