@@ -31,7 +31,6 @@ type crafted struct {
 	size, window, frame int64
 	chunk               int64 // 0: none
 	content             string
-	sha1                string                    // "": none
 	change              func(index []byte) []byte // before it is signed for
 }
 
@@ -60,14 +59,10 @@ func (c *crafted) bytes() []byte {
 	if c.chunk > 0 {
 		chunk = fmt.Sprintf(`"chunk":%d,`, c.chunk)
 	}
-	sha1 := ""
-	if c.sha1 != "" {
-		sha1 = fmt.Sprintf(`"cs_sha1":%q,`, c.sha1)
-	}
 	section := index[min(16, len(index)):]
-	manifest := fmt.Sprintf(`{"parts":{"a":{"src":"a.bin","size":%d,%s"cs_sha256":%q},"ota-index":{"src":"ota.index","size":%d,"cs_sha256":%q,"update":false}},`+
+	manifest := fmt.Sprintf(`{"parts":{"a":{"src":"a.bin","size":%d,"cs_sha256":%q},"ota-index":{"src":"ota.index","size":%d,"cs_sha256":%q,"update":false}},`+
 		`"ota":{"format":1,"index":"ota-index","parts":{"a":{"encoding":"zstd","stored_size":%d,"stored_sha256":%q,"window":%d,"frame":%d,%s"section_sha256":%q}}}}`,
-		c.size, sha1, sum256(c.content), len(index), sum256(string(index)), len(stored), sum256(stored), c.window, c.frame, chunk, sum256(string(section)))
+		c.size, sum256(c.content), len(index), sum256(string(index)), len(stored), sum256(stored), c.window, c.frame, chunk, sum256(string(section)))
 	return (&archive{entries: []entry{
 		{name: "manifest.json", data: manifest}, {name: "ota.index", data: string(index)}, {name: "a.bin", data: stored},
 	}}).bytes()
@@ -78,26 +73,6 @@ func frame(t testing.TB, s string, o ...zstd.EOption) string {
 	z, err := zstd.NewWriter(nil, append([]zstd.EOption{zstd.WithEncoderConcurrency(1), zstd.WithSingleSegment(true)}, o...)...)
 	require.NoError(t, err)
 	return string(z.EncodeAll([]byte(s), nil))
-}
-
-// Who reads chunks has better than SHA-1 to hold them against; who has them checked
-// gets everything checked.
-func TestSHA1OfChunks(t *testing.T) {
-	a := text(5000, 1)
-	for _, chunk := range []int64{0, 1 << 10} {
-		c := crafted{frames: []string{frame(t, string(a))}, size: 5000, window: 1 << 20, frame: 1 << 20, chunk: chunk, content: string(a), sha1: sum1("else")}
-		b, err := lax.Open(t.Context(), bytes.NewReader(c.bytes()))
-		require.NoError(t, err)
-		_, err = contentOf(t.Context(), b, 1000, nil)
-		if chunk == 0 {
-			require.ErrorIs(t, err, bundle.ErrDigest)
-		} else {
-			require.NoError(t, err)
-		}
-		_, err = lax.Verify(t.Context(), bytes.NewReader(c.bytes()))
-		require.ErrorIs(t, err, bundle.ErrDigest, "chunks of %d", chunk)
-		require.ErrorContains(t, err, "SHA-1")
-	}
 }
 
 // everyWay opens a bundle as a stream and with ranges, with one worker and with more,

@@ -27,16 +27,16 @@ import (
 // directory and end record to the last byte and holds them against all that
 // was read before.
 //
-// Of a part's data the size, the CRC-32 and, if the manifest has one, the
-// SHA-1 are checked by the time the last byte is returned; an error comes with
-// that byte, again from every later Read, and from Next. Of a part that is
-// stored as zstd every frame is checked before it is decoded. The SHA-256 of a
-// part whose data the caller reads, and those of its chunks, are the caller's to
-// check, because [ota.Device.Update] does so anyway; where there are chunks, it
-// leaves SHA-1 out for them, which takes as long and proves less. Next checks all of that, and the SHA-256 of the stored bytes, for parts of
-// which nothing was read, and for those that are not to be installed. When a part
-// was read to some point but not to its end, Next checks as much as if it had been
-// read by the caller.
+// Of a part's data the size and the CRC-32 are checked by the time the last byte is
+// returned; an error comes with that byte, again from every later Read, and from
+// Next. So it is with the SHA-1 that the manifest may have, if the bundle is
+// unsigned. Of a part that is stored as zstd every frame is checked before it is
+// decoded. The SHA-256 of a part whose data the caller reads is the caller's to
+// check, because [ota.Device.Update] does so anyway; in a signed bundle, where each
+// part has one, SHA-1 of the same bytes would take as long and prove nothing more.
+// Next checks all of that, and the SHA-256 of the stored bytes, for parts of which
+// nothing was read, and for those that are not to be installed. When a part was read
+// to some point but not to its end, Next checks what is checked for who reads it all.
 //
 // A Reader of a [Source] reads no more of it than it has to. Next passes over
 // what was not read of a part, and over parts that are not to be installed:
@@ -760,7 +760,7 @@ func newData(r *Reader, e *entry, q *Part) *data {
 
 // begin prepares the first Read.
 func (d *data) begin() error {
-	if d.q.SHA1 != nil && !d.some && (d.thorough || d.sec == nil || d.sec.chunks == nil) {
+	if d.q.SHA1 != nil && !d.some && (d.thorough || d.r.info.Unsigned) {
 		d.sha1 = sha1.New()
 	}
 	switch {
