@@ -73,6 +73,7 @@ func field(rs []installed, pick func(*installed) float64) (s series) {
 }
 
 func whole(r *installed) float64 { return r.whole }
+func used(r *installed) float64  { return r.User + r.Sys }
 
 // compared makes rows of what beside measured.
 func (b *bench) compared(what string, ours []installed, rivals []*rival) (rs []row) {
@@ -81,8 +82,7 @@ func (b *bench) compared(what string, ours []installed, rivals []*rival) (rs []r
 		r := row{what: what, ours: t.median(), unit: "s", than: v.name, bound: v.took.median(), want: v.want,
 			comments: []string{fmt.Sprintf("theirs %s, CPU %.2f s", v.took, v.cpu.median())}}
 		if i == 0 {
-			cpu := field(ours, func(r *installed) float64 { return r.User + r.Sys })
-			r.comments = append(r.comments, fmt.Sprintf("ours   %s, CPU %.2f s", t, cpu.median()))
+			r.comments = append(r.comments, fmt.Sprintf("ours   %s, CPU %.2f s", t, field(ours, used).median()))
 		}
 		rs = append(rs, r)
 		what = "  the same"
@@ -295,7 +295,7 @@ func smallChange(b *bench) (rs []row, err error) {
 		return nil, err
 	}
 	var ours []installed
-	var theirs series
+	var theirs, theirCPU series
 	var theirBytes int64
 	for i := range b.rounds {
 		r, err := change()
@@ -310,7 +310,9 @@ func smallChange(b *bench) (rs []row, err error) {
 			return nil, err
 		}
 		s.asked()
+		before := cpu()
 		took, err := timed(casync)
+		theirCPU = append(theirCPU, cpu()-before)
 		if err == nil {
 			err = b.check()
 		}
@@ -331,11 +333,11 @@ func smallChange(b *bench) (rs []row, err error) {
 	t := field(ours, whole)
 	down := row{what: "small change: downloaded", ours: float64(last.Downloaded) / mib, unit: "MiB", than: "casync, chunks of 64 KiB: not installed",
 		comments: []string{fmt.Sprintf("in %d requests, of %.1f MiB; %.1f MiB copied from the other slot", last.Requests, size, float64(last.Copied)/mib)}}
-	took := row{what: "small change: time", ours: t.median(), unit: "s", than: "casync: not installed", comments: []string{"ours " + t.String()}}
+	took := row{what: "small change: time", ours: t.median(), unit: "s", than: "casync: not installed", comments: []string{fmt.Sprintf("ours   %s, CPU %.2f s", t, field(ours, used).median())}}
 	if casync != nil {
 		down.than, down.bound, down.want = "casync, chunks of 64 KiB", float64(theirBytes)/mib, 1.3
 		took.than, took.bound, took.want = "casync", theirs.median(), 0.1
-		took.comments = append(took.comments, "theirs "+theirs.String())
+		took.comments = append(took.comments, fmt.Sprintf("theirs %s, CPU %.2f s", theirs, theirCPU.median()))
 	}
 	return []row{down, took,
 		{what: "small change: written", ours: float64(last.Written) / mib, unit: "MiB", than: "chunks that differ from the slot", bound: float64(changed) / mib, want: 1.1},
