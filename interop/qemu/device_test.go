@@ -1,6 +1,9 @@
 package qemu_test
 
 import (
+	"strconv"
+	"time"
+
 	"github.com/stretchr/testify/require"
 
 	"github.com/slotota/ota/interop/qemu"
@@ -16,9 +19,9 @@ type device struct {
 	starts  [2]string
 	refuses string
 	resets  bool // somebody must reset the machine then
-	// hangs is what ends a hang: "softdog" if the guest's own watchdog does,
-	// "loader" if one that the loader starts does.
-	hangs string
+	// armed says that the loader starts a watchdog, which also ends a hang before
+	// any driver.
+	armed bool
 	// selected checks with the loader's own tool what the next boot does.
 	selected func(slot int, trial bool)
 }
@@ -56,10 +59,12 @@ func (d *device) test() {
 		m.log("installed: %d bytes written, %d in place", r.Written, r.Skipped)
 		m.send("reboot")
 	}
-	trial := func() {
+	trial := func() qemu.Report {
 		t.Helper()
 		d.started(m, 1)
-		require.True(t, m.ready(1, "v2").Trial)
+		r := m.ready(1, "v2")
+		require.True(t, r.Trial)
+		return r
 	}
 	back := func(reason string) {
 		t.Helper()
@@ -73,9 +78,16 @@ func (d *device) test() {
 
 	settled(0, "v1")
 	m.log("a trial that nobody commits")
-	install(v2, 5)
-	trial()
+	const timeout = 15
+	install(v2, timeout)
+	r := trial()
+	up, err := strconv.ParseFloat(r.Uptime, 64)
+	require.NoError(t, err)
+	began := time.Now()
 	m.await(*bootLimit, "reboot: Restarting system")
+	took := up + time.Since(began).Seconds()
+	m.log("reverted %.1fs after boot", took)
+	require.Greater(t, took, timeout*2/3., "with some tolerance, for the line may have come late")
 	back("commit timeout")
 
 	m.log("a panic in the new image")
@@ -95,24 +107,29 @@ func (d *device) test() {
 	}
 	back(fellBack)
 
-	m.log("a hang, with the watchdog of %s", d.hangs)
-	if d.hangs == "loader" {
-		install(d.bundle(d.image("hangs", "hang", nil)), 600)
-		d.started(m, 1)
-	} else {
-		install(v2, 600)
-		trial()
-		m.send("hang")
-	}
+	m.log("a hang of the process that holds the watchdog")
+	install(v2, 600)
+	trial()
+	m.send("hang")
 	m.await(*bootLimit, "^"+qemu.Prefix+qemu.Hang)
 	back(fellBack)
+
+	if d.armed {
+		m.log("a hang before any driver")
+		install(d.bundle(d.image("hangs", "hang", nil)), 600)
+		d.started(m, 1)
+		m.await(*bootLimit, "^"+qemu.Prefix+qemu.Hang)
+		back(fellBack)
+	}
 
 	m.log("a commit")
 	m.holds(d.v1)
 	install(v2, 600)
 	trial()
 	m.holds(good)
-	require.Equal(t, "committed", m.do("commit").Outcome)
+	r = m.do("commit")
+	require.Equal(t, "committed", r.Outcome)
+	require.Equal(t, "inactive", r.Watchdog)
 	d.selected(1, false)
 	m.send("reboot")
 	require.Equal(t, "committed", settled(1, "v2").Outcome)

@@ -112,7 +112,7 @@ type factory struct {
 func newFactory(t *testing.T, k *kernel, modules ...string) *factory {
 	t.Helper()
 	f := &factory{t: t, dir: t.TempDir(), k: k}
-	f.modules = k.load(t, append([]string{"virtio_pci", "virtio_blk", "virtio_net", "softdog"}, modules...)...)
+	f.modules = k.load(t, slices.Concat([]string{"virtio_pci", "virtio_blk", "virtio_net"}, modules, []string{"softdog"})...)
 	f.init = f.path("init")
 	build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", f.init, "./guest")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+k.arch)

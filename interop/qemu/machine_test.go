@@ -27,7 +27,7 @@ import (
 var (
 	quick     = flag.Bool("qemu", false, "boot U-Boot on arm64: about a minute")
 	long      = flag.Bool("qemu.long", false, "boot all loaders, and cut the power")
-	bootLimit = flag.Duration("qemu.boot", 3*time.Minute, "limit for one boot")
+	bootLimit = flag.Duration("qemu.boot", 5*time.Minute, "limit for one boot, or one command")
 )
 
 // needs skips a test that was not asked for, or lacks a tool; in CI it fails
@@ -171,6 +171,10 @@ func (m *machine) seek(limit time.Duration, patterns ...string) (which int, matc
 	var res []*regexp.Regexp
 	for _, p := range patterns {
 		res = append(res, regexp.MustCompile(p))
+	}
+	// A test that is ended by go test -timeout would leave the machine behind.
+	if end, ok := m.t.Deadline(); ok {
+		limit = min(limit, max(time.Until(end)-30*time.Second, 0))
 	}
 	timer := time.NewTimer(limit)
 	defer timer.Stop()

@@ -25,14 +25,22 @@ type loader struct {
 	// files is the directory of the parts of a slot, with %s for "a" or "b", if
 	// they are files and not partitions.
 	files string
+	// entries says that the one part of a slot is its boot menu entry, a unified
+	// kernel image, whose name changes.
+	entries bool
 }
+
+// esp is where the EFI system partition is mounted.
+const esp = "/efi"
 
 // loaders by the value of the kernel parameter ota.loader.
 var loaders = map[string]loader{
 	"uboot":        {open: openUBoot},
 	"grub":         {open: openGRUB},
 	"efi":          {open: openEFI},
-	"systemd-boot": {open: openSystemdBoot, files: "/efi/ota/%s/"},
+	"systemd-boot": {open: openSystemdBoot, files: esp + "/ota/%s/"},
+	"one-shot":     {open: openOneShot, files: esp + "/ota/%s/"},
+	"uki":          {open: openSystemdBoot, entries: true},
 	"efibootguard": {open: openBootGuard, files: "/config-%s/"},
 }
 
@@ -99,13 +107,29 @@ func openEFI() (driver.Driver, error) {
 
 // openSystemdBoot: all is on the EFI system partition.
 func openSystemdBoot() (driver.Driver, error) {
+	c, err := systemdBoot()
+	if err != nil {
+		return nil, err
+	}
+	return systemdboot.New(c)
+}
+
+func openOneShot() (driver.Driver, error) {
+	c, err := systemdBoot()
+	if err != nil {
+		return nil, err
+	}
+	return systemdboot.NewOneShot(c)
+}
+
+func systemdBoot() (*systemdboot.Config, error) {
 	if err := mountVariables(); err != nil {
 		return nil, err
 	}
-	if err := mount("esp", "/efi", "vfat"); err != nil {
+	if err := mount("esp", esp, "vfat"); err != nil {
 		return nil, err
 	}
-	return systemdboot.New(&systemdboot.Config{Entries: []string{"ota-a", "ota-b"}})
+	return &systemdboot.Config{Root: esp, Entries: []string{"ota-a", "ota-b"}}, nil
 }
 
 // openBootGuard: each slot has a config partition. The driver of the watchdog has
