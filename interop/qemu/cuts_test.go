@@ -64,7 +64,7 @@ func TestPowerCuts(t *testing.T) {
 		for i := range last + 1 {
 			switch moments[i].name {
 			case "download":
-				m.send("update %s 600", urls[version])
+				m.send("update %s 36000", urls[version])
 			case "commit":
 				m.send("commit")
 			}

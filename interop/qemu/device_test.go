@@ -2,7 +2,6 @@ package qemu_test
 
 import (
 	"strconv"
-	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -59,12 +58,10 @@ func (d *device) test() {
 		m.log("installed: %d bytes written, %d in place", r.Written, r.Skipped)
 		m.send("reboot")
 	}
-	trial := func() qemu.Report {
+	trial := func() {
 		t.Helper()
 		d.started(m, 1)
-		r := m.ready(1, "v2")
-		require.True(t, r.Trial)
-		return r
+		require.True(t, m.ready(1, "v2").Trial)
 	}
 	back := func(reason string) {
 		t.Helper()
@@ -74,30 +71,32 @@ func (d *device) test() {
 		require.Equal(t, 1, r.LastSlot)
 		m.log("back in slot 0: %s", r.Reason)
 	}
-	const fellBack = "boot loader fell back"
+	const (
+		fellBack = "boot loader fell back"
+		ages     = 36000 // seconds; clocks of guests run fast on a busy host
+	)
 
 	settled(0, "v1")
 	m.log("a trial that nobody commits")
 	const timeout = 15
 	install(v2, timeout)
-	r := trial()
-	up, err := strconv.ParseFloat(r.Uptime, 64)
+	trial()
+	_, match := m.await(*bootLimit, "^"+qemu.Prefix+qemu.Phase+` storing ([0-9.]+)`)
+	up, err := strconv.ParseFloat(match[1], 64)
 	require.NoError(t, err)
-	began := time.Now()
+	m.log("reverts %.1fs after boot", up)
+	require.GreaterOrEqual(t, up, float64(timeout))
 	m.await(*bootLimit, "reboot: Restarting system")
-	took := up + time.Since(began).Seconds()
-	m.log("reverted %.1fs after boot", took)
-	require.Greater(t, took, timeout*2/3., "with some tolerance, for the line may have come late")
 	back("commit timeout")
 
 	m.log("a panic in the new image")
-	install(d.bundle(d.image("panics", "exit", nil)), 600)
+	install(d.bundle(d.image("panics", "exit", nil)), ages)
 	d.started(m, 1)
 	m.await(*bootLimit, panicLine)
 	back(fellBack)
 
 	m.log("a kernel that cannot be loaded")
-	install(d.bundle(d.image("unloadable", "", []byte("this is no kernel"))), 600)
+	install(d.bundle(d.image("unloadable", "", []byte("this is no kernel"))), ages)
 	if d.refuses != "" {
 		m.await(*bootLimit, d.refuses)
 	}
@@ -108,7 +107,7 @@ func (d *device) test() {
 	back(fellBack)
 
 	m.log("a hang of the process that holds the watchdog")
-	install(v2, 600)
+	install(v2, ages)
 	trial()
 	m.send("hang")
 	m.await(*bootLimit, "^"+qemu.Prefix+qemu.Hang)
@@ -116,7 +115,7 @@ func (d *device) test() {
 
 	if d.armed {
 		m.log("a hang before any driver")
-		install(d.bundle(d.image("hangs", "hang", nil)), 600)
+		install(d.bundle(d.image("hangs", "hang", nil)), ages)
 		d.started(m, 1)
 		m.await(*bootLimit, "^"+qemu.Prefix+qemu.Hang)
 		back(fellBack)
@@ -124,10 +123,10 @@ func (d *device) test() {
 
 	m.log("a commit")
 	m.holds(d.v1)
-	install(v2, 600)
+	install(v2, ages)
 	trial()
 	m.holds(good)
-	r = m.do("commit")
+	r := m.do("commit")
 	require.Equal(t, "committed", r.Outcome)
 	require.Equal(t, "inactive", r.Watchdog)
 	d.selected(1, false)

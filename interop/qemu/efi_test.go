@@ -7,6 +7,8 @@ import (
 	"maps"
 	"os"
 	"path"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -47,7 +49,14 @@ func powerEFI(t *testing.T, vars, disk string, more ...string) *machine {
 // TestBootNext: UEFI firmware that starts the kernel itself.
 func TestBootNext(t *testing.T) {
 	needs(t, true, efiTools)
+	dir := unpacked(t, "efitools")
 	f := newFactory(t, findKernel(t, "amd64"), efiModules...)
+	var programs []file
+	names, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	for _, n := range names {
+		programs = append(programs, file{"/" + n.Name(), f.read(filepath.Join(dir, n.Name()))})
+	}
 	f.parts = func(kernel, initramfs []byte) map[string][]byte {
 		return map[string][]byte{"system": f.fat(file{"/vmlinuz", kernel}, file{"/initrd", initramfs})}
 	}
@@ -60,19 +69,23 @@ func TestBootNext(t *testing.T) {
 		{name: "state", size: mib},
 		{name: "system-a", size: 32 * mib, data: d.v1.parts["system"]},
 		{name: "system-b", size: 32 * mib},
+		{name: "tools", size: 8 * mib, data: f.fat(programs...)},
 	})
 	// The option of the factory's slot, made by the library on the host.
 	h, err := os.Open(disk)
 	require.NoError(t, err)
-	hd, err := efi.Partition(h, sectorSize, 2)
-	h.Close()
-	require.NoError(t, err)
-	option, err := (&efi.LoadOption{
-		Attributes: efi.Active, Description: "ota A", Path: []efi.Node{hd.Node(), efi.FileNode(`\vmlinuz`)},
-		Optional: efi.EncodeString("console=ttyS0 panic=1 quiet ota.loader=efi initrd=\\initrd"),
-	}).Bytes()
-	require.NoError(t, err)
-	vars := f.variableStore("Boot00A0", option, "BootOrder", []byte{0xa0, 0})
+	defer h.Close()
+	option := func(partition uint32, description string) []byte {
+		hd, err := efi.Partition(h, sectorSize, partition)
+		require.NoError(t, err)
+		b, err := (&efi.LoadOption{
+			Attributes: efi.Active, Description: description, Path: []efi.Node{hd.Node(), efi.FileNode(`\vmlinuz`)},
+			Optional: efi.EncodeString(efiCmdline),
+		}).Bytes()
+		require.NoError(t, err)
+		return b
+	}
+	vars := f.variableStore("Boot00A0", option(2, "ota A"), "BootOrder", []byte{0xa0, 0})
 	d.power = func() *machine { return powerEFI(t, vars, disk, "-machine", "q35") }
 	d.selected = func(slot int, trial bool) {
 		t.Helper()
@@ -93,7 +106,57 @@ func TestBootNext(t *testing.T) {
 		}
 	}
 	d.test()
+
+	// The system's own tools, which see the firmware's variables through the kernel.
+	m := d.power()
+	m.ready(1, "v2")
+	out := m.tool("efibootmgr", "-v")
+	got := readVariables(t, f.read(vars))
+	for i, number := range []uint32{2, 3} {
+		description := "ota " + string(rune('A'+i))
+		hd, err := efi.Partition(h, sectorSize, number)
+		require.NoError(t, err)
+		require.Regexp(t, `(?m)^Boot....\* `+description+`\t`+regexp.QuoteMeta(hd.Node().String()+`/`+efi.FileNode(`\vmlinuz`).String()+
+			strings.Join(strings.Split(efiCmdline, ""), "."))+`\.*$`, out)
+		if i == 1 {
+			current := regexp.MustCompile(`(?m)^BootCurrent: (....)$`).FindStringSubmatch(out)
+			require.NotNil(t, current, out)
+			require.Equal(t, option(3, description), got["Boot"+current[1]])
+			require.Regexp(t, `(?m)^BootOrder: `+current[1]+`,`, out)
+		}
+	}
+	require.Contains(t, m.tool("efivar", "-l"), efi.Global+"-BootOrder\n")
+
+	m.tool("efibootmgr", "-C", "-d", "/dev/vda", "-p", "3", "-L", "theirs", "-l", `\vmlinuz`, "-u", "x")
+	m.tool("efibootmgr", "-n", "A0")
+	m.off()
+	m = d.power() // BootNext of the tool
+	r := m.ready(0, "v1")
+	require.True(t, r.Committed)
+	require.Equal(t, 1, r.Active, "BootOrder stays")
+	m.off()
+	got = readVariables(t, f.read(vars))
+	theirs := 0
+	for name, b := range got {
+		o, err := efi.ParseLoadOption(b)
+		if !regexp.MustCompile(`^Boot[0-9A-F]{4}$`).MatchString(name) || err != nil || o.Description != "theirs" {
+			continue
+		}
+		theirs++
+		hd, err := efi.Partition(h, sectorSize, 3)
+		require.NoError(t, err)
+		require.Equal(t, &efi.LoadOption{
+			Attributes: efi.Active, Description: "theirs", Path: []efi.Node{hd.Node(), efi.FileNode(`\vmlinuz`)}, Optional: []byte("x\x00"),
+		}, o)
+		again, err := o.Bytes()
+		require.NoError(t, err)
+		require.Equal(t, b, again)
+	}
+	require.Equal(t, 1, theirs)
 }
+
+// efiCmdline is that of the guest, in loader.go.
+const efiCmdline = `console=ttyS0 panic=1 quiet ota.loader=efi initrd=\initrd`
 
 // Layout of a store of authenticated variables (tianocore/edk2,
 // MdeModulePkg/Include/Guid/VariableFormat.h).

@@ -49,6 +49,7 @@ func needs(t *testing.T, isLong bool, tools map[string]string) {
 			missing(t, tool, "apt-get install "+pkg)
 		}
 	}
+	t.Parallel() // as many machines as there are processors
 }
 
 // missing skips the test, or in CI fails it.
@@ -240,6 +241,19 @@ func (m *machine) do(format string, args ...any) qemu.Report {
 	m.send(format, args...)
 	_, match := m.await(*bootLimit, "^"+qemu.Prefix+qemu.Done+" .*")
 	return m.parse(match[0])
+}
+
+// tool has the guest run a program and returns what it writes.
+func (m *machine) tool(args ...string) (out string) {
+	m.t.Helper()
+	m.send("tool %s", strings.Join(args, " "))
+	for {
+		which, match := m.await(*bootLimit, "^"+qemu.Prefix+qemu.Done, "^"+qemu.Prefix+qemu.Output+" (.*)")
+		if which == 0 {
+			return out
+		}
+		out += match[1] + "\n"
+	}
 }
 
 // holds requires that the running slot holds img, bit by bit.

@@ -24,7 +24,7 @@ const Prefix = "OTA-"
 // Kinds of lines.
 const (
 	Ready  = "READY" // the guest was started; a Report
-	Phase  = "PHASE" // an operation has reached this phase
+	Phase  = "PHASE" // an operation has reached this phase; then the time since the boot
 	Hang   = "HANG"  // the guest does nothing more
 	Watch  = "WATCH" // the trial is over; the error of Watch, or "committed"
 	Output = "OUT"   // a line that a tool writes
@@ -48,7 +48,7 @@ type Report struct {
 	// Digests has the SHA-256 of what is in the parts of the running slot, read
 	// from the disk at the command "digests".
 	Digests  map[string]string `json:",omitempty"`
-	Uptime   string            `json:",omitempty"`
+	Uptime   string            // seconds since the boot
 	Watchdog string            `json:",omitempty"` // of the kernel: "active" or "inactive"
 	Problem  string            `json:",omitempty"` // failure of the last operation
 }

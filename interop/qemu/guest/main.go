@@ -115,8 +115,6 @@ func (g *guest) run(ctx context.Context) error {
 		return err
 	}
 	r := g.report()
-	up, _ := os.ReadFile("/proc/uptime")
-	r.Uptime, _, _ = strings.Cut(string(up), " ")
 	g.tell(qemu.Ready, r)
 	if r.Trial {
 		g.watched = make(chan struct{})
@@ -218,6 +216,14 @@ func (g *guest) update(ctx context.Context, url string, timeout time.Duration) e
 	return err
 }
 
+// uptime is the time since the boot, in seconds. On a busy host a guest's clock may run
+// many times as fast as the host's.
+func uptime() string {
+	b, _ := os.ReadFile("/proc/uptime")
+	up, _, _ := strings.Cut(string(b), " ")
+	return up
+}
+
 // watchdogState is what the kernel says about /dev/watchdog: "active" or "inactive".
 func watchdogState() string {
 	b, err := os.ReadFile("/sys/class/watchdog/watchdog0/state")
@@ -258,7 +264,7 @@ func (g *guest) tool(ctx context.Context, args []string) error {
 		return errors.New("usage: tool PROGRAM ARG...")
 	}
 	args = append([]string{"--library-path", dir, filepath.Join(dir, args[0])}, args[1:]...)
-	out, err := exec.CommandContext(ctx, filepath.Join(dir, "ld.so"), args...).CombinedOutput()
+	out, err := exec.CommandContext(ctx, filepath.Join(dir, "ld-linux-x86-64.so.2"), args...).CombinedOutput()
 	for line := range strings.Lines(string(out)) {
 		g.say(qemu.Output, "%s", strings.TrimRight(line, "\n"))
 	}
@@ -327,7 +333,7 @@ func (g *guest) open(ctx context.Context) error {
 		Watchdog: watchdog.For("/dev/watchdog", &watchdog.Options{Timeout: 20 * time.Second}),
 		OnEvent: func(e ota.Event) {
 			if e.Phase != last {
-				g.say(qemu.Phase, "%v", e.Phase)
+				g.say(qemu.Phase, "%v %s", e.Phase, uptime())
 			}
 			last = e.Phase
 		},
@@ -354,7 +360,7 @@ func (g *guest) report() qemu.Report {
 		Running: int(s.Running), Version: g.version, Active: int(s.State.Active), Committed: s.State.Committed, Trial: s.Trial,
 		Outcome: s.State.Last.Outcome.String(), Reason: s.State.Last.Reason.String(), LastSlot: int(s.State.Last.Slot),
 		Stored: s.State.Slot(s.Running).Version, Written: g.result.Written, Skipped: g.result.Skipped,
-		Watchdog: watchdogState(),
+		Watchdog: watchdogState(), Uptime: uptime(),
 	}
 	if s.Err != nil {
 		r.Problem = s.Err.Error()
