@@ -394,7 +394,7 @@ func TestBootGuard(t *testing.T) {
 	config := func(slot string, revision int, img *image) []byte {
 		env := f.path("BGENV.DAT")
 		os.Remove(env)
-		run(t, "bg_setenv", "-f", env, "-r", fmt.Sprint(revision), "-s", "0", "-w", "90", "--kernel=C:KERNEL-"+slot+":kernel",
+		run(t, "bg_setenv", "-f", env, "-r", fmt.Sprint(revision), "-s", "0", "-w", "150", "--kernel=C:KERNEL-"+slot+":kernel",
 			"--args=console=ttyS0 panic=1 quiet initrd=\\initrd ota.loader=efibootguard ota.slot="+slot)
 		label := efi.EncodeString("KERNEL-" + slot)
 		return f.fat(append(slotFiles("/", img), file{"/EFILABEL", label[:len(label)-2]}, file{"/BGENV.DAT", f.read(env)})...)
