@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/slotota/ota/boot/efi"
+	"github.com/slotota/ota/interop/qemu"
 )
 
 const (
@@ -80,7 +81,7 @@ func TestBootNext(t *testing.T) {
 		require.NoError(t, err)
 		b, err := (&efi.LoadOption{
 			Attributes: efi.Active, Description: description, Path: []efi.Node{hd.Node(), efi.FileNode(`\vmlinuz`)},
-			Optional: efi.EncodeString(efiCmdline),
+			Optional: efi.EncodeString(qemu.EFICmdline),
 		}).Bytes()
 		require.NoError(t, err)
 		return b
@@ -117,7 +118,7 @@ func TestBootNext(t *testing.T) {
 		hd, err := efi.Partition(h, sectorSize, number)
 		require.NoError(t, err)
 		require.Regexp(t, `(?m)^Boot....\* `+description+`\t`+regexp.QuoteMeta(hd.Node().String()+`/`+efi.FileNode(`\vmlinuz`).String()+
-			strings.Join(strings.Split(efiCmdline, ""), "."))+`\.*$`, out)
+			strings.Join(strings.Split(qemu.EFICmdline, ""), "."))+`\.*$`, out)
 		if i == 1 {
 			current := regexp.MustCompile(`(?m)^BootCurrent: (....)$`).FindStringSubmatch(out)
 			require.NotNil(t, current, out)
@@ -154,9 +155,6 @@ func TestBootNext(t *testing.T) {
 	}
 	require.Equal(t, 1, theirs)
 }
-
-// efiCmdline is that of the guest, in loader.go.
-const efiCmdline = `console=ttyS0 panic=1 quiet ota.loader=efi initrd=\initrd`
 
 // Layout of a store of authenticated variables (tianocore/edk2,
 // MdeModulePkg/Include/Guid/VariableFormat.h).
@@ -262,7 +260,7 @@ func systemdBoard(d *device, vars string, files ...file) (esp string) {
 
 // bootEntry is a boot menu entry of type 1.
 func bootEntry(slot, loader string) []byte {
-	return fmt.Appendf(nil, "title ota %s\nsort-key ota\nversion 1\nlinux /ota/%[1]s/kernel\ninitrd /ota/%[1]s/initrd\noptions console=ttyS0 panic=1 quiet ota.loader=%s\n", slot, loader)
+	return fmt.Appendf(nil, "title ota %s\nsort-key ota\nversion 1\nlinux /ota/%[1]s/kernel\ninitrd /ota/%[1]s/initrd\noptions %s ota.loader=%s\n", slot, qemu.PC, loader)
 }
 
 // counted checks the names of the entries in dir: that of a trial has one try, that
@@ -358,7 +356,7 @@ func TestUKI(t *testing.T) {
 				data  []byte
 			}{
 				{".osrel", 0x20000, []byte("ID=ota\nPRETTY_NAME=ota\nVERSION_ID=1\n")},
-				{".cmdline", 0x30000, []byte("console=ttyS0 panic=1 quiet ota.loader=uki")},
+				{".cmdline", 0x30000, []byte(qemu.PC + " ota.loader=uki")},
 				{".linux", 0x2000000, kernel},
 				{".initrd", 0x4000000, initramfs},
 			} {
@@ -391,11 +389,13 @@ func TestBootGuard(t *testing.T) {
 	f := newFactory(t, findKernel(t, "amd64-generic"), append([]string{"i6300esb"}, efiModules...)...)
 	f.parts = fileParts
 	d := &device{factory: f, v1: f.image("v1", "", nil), armed: true}
-	config := func(slot string, revision int, img *image) []byte {
+	// watchdog is what the loader sets, in seconds: on a busy host long enough to
+	// come up.
+	config := func(slot string, revision, watchdog int, img *image) []byte {
 		env := f.path("BGENV.DAT")
 		os.Remove(env)
-		run(t, "bg_setenv", "-f", env, "-r", fmt.Sprint(revision), "-s", "0", "-w", "150", "--kernel=C:KERNEL-"+slot+":kernel",
-			"--args=console=ttyS0 panic=1 quiet initrd=\\initrd ota.loader=efibootguard ota.slot="+slot)
+		run(t, "bg_setenv", "-f", env, "-r", fmt.Sprint(revision), "-s", "0", "-w", fmt.Sprint(watchdog), "--kernel=C:KERNEL-"+slot+":kernel",
+			"--args="+qemu.PC+" initrd=\\initrd ota.loader=efibootguard ota.slot="+slot)
 		label := efi.EncodeString("KERNEL-" + slot)
 		return f.fat(append(slotFiles("/", img), file{"/EFILABEL", label[:len(label)-2]}, file{"/BGENV.DAT", f.read(env)})...)
 	}
@@ -403,8 +403,8 @@ func TestBootGuard(t *testing.T) {
 	disk := f.disk("disk.img", []part{
 		{name: "state", size: mib},
 		{name: "esp", size: 2 * mib, kind: "ef00", data: f.fat(file{"/EFI/BOOT/BOOTX64.EFI", f.read(loader)})},
-		{name: "config-a", size: size, kind: "0700", data: config("A", 2, d.v1)},
-		{name: "config-b", size: size, kind: "0700", data: config("B", 1, nil)},
+		{name: "config-a", size: size, kind: "0700", data: config("A", 2, 900, d.v1)},
+		{name: "config-b", size: size, kind: "0700", data: config("B", 1, 240, nil)},
 	})
 	vars := f.variableStore()
 	d.power = func() *machine {

@@ -27,7 +27,7 @@ import (
 var (
 	quick     = flag.Bool("qemu", false, "boot U-Boot on arm64: about a minute")
 	long      = flag.Bool("qemu.long", false, "boot all loaders, and cut the power")
-	bootLimit = flag.Duration("qemu.boot", 5*time.Minute, "limit for one boot, or one command")
+	bootLimit = flag.Duration("qemu.boot", 10*time.Minute, "limit for one boot, or one command")
 )
 
 // needs skips a test that was not asked for, or lacks a tool; in CI it fails
@@ -168,15 +168,21 @@ func (m *machine) await(limit time.Duration, patterns ...string) (which int, mat
 	return which, match
 }
 
+// within returns how long to wait at most: a test that go test -timeout ends would
+// leave the machine behind.
+func (m *machine) within(limit time.Duration) time.Duration {
+	if end, ok := m.t.Deadline(); ok {
+		limit = min(limit, max(time.Until(end)-30*time.Second, 0))
+	}
+	return limit
+}
+
 func (m *machine) seek(limit time.Duration, patterns ...string) (which int, match []string, err error) {
 	var res []*regexp.Regexp
 	for _, p := range patterns {
 		res = append(res, regexp.MustCompile(p))
 	}
-	// A test that is ended by go test -timeout would leave the machine behind.
-	if end, ok := m.t.Deadline(); ok {
-		limit = min(limit, max(time.Until(end)-30*time.Second, 0))
-	}
+	limit = m.within(limit)
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	ended := false
@@ -275,7 +281,7 @@ func (m *machine) off() {
 	m.send("poweroff")
 	select {
 	case <-m.done:
-	case <-time.After(*bootLimit):
+	case <-time.After(m.within(*bootLimit)):
 		m.t.Fatal("the machine does not turn itself off")
 	}
 }

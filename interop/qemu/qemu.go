@@ -32,6 +32,13 @@ const (
 	Fail   = "FAIL"  // it was not; the error
 )
 
+// PC begins the command line of kernels on PCs. On a busy host the kernel's check of
+// the timer may fail, which ends in a panic.
+const PC = "console=ttyS0 panic=1 quiet no_timer_check"
+
+// EFICmdline is the command line of a kernel that the firmware starts.
+const EFICmdline = PC + ` ota.loader=efi initrd=\initrd`
+
 // Report is what the guest knows about itself.
 type Report struct {
 	Running   int    // slot

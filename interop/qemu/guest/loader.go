@@ -17,6 +17,7 @@ import (
 	"github.com/slotota/ota/boot/grub"
 	"github.com/slotota/ota/boot/systemdboot"
 	"github.com/slotota/ota/boot/uboot"
+	"github.com/slotota/ota/interop/qemu"
 )
 
 // loader is a boot loader that the guest knows.
@@ -99,7 +100,7 @@ func openEFI() (driver.Driver, error) {
 		}
 		c.Slots = append(c.Slots, efi.Slot{
 			Description: "ota " + name, Partition: hd, File: `\vmlinuz`,
-			Cmdline: `console=ttyS0 panic=1 quiet ota.loader=efi initrd=\initrd`,
+			Cmdline: qemu.EFICmdline,
 		})
 	}
 	return efi.New(c)

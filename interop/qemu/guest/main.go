@@ -261,7 +261,7 @@ func (g *guest) tool(ctx context.Context, args []string) error {
 		}
 	}
 	if len(args) == 0 {
-		return errors.New("usage: tool PROGRAM ARG...")
+		return errors.New("usage: tool PROGRAM [ARG]")
 	}
 	args = append([]string{"--library-path", dir, filepath.Join(dir, args[0])}, args[1:]...)
 	out, err := exec.CommandContext(ctx, filepath.Join(dir, "ld-linux-x86-64.so.2"), args...).CombinedOutput()
