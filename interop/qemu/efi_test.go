@@ -47,8 +47,14 @@ func powerEFI(t *testing.T, vars, disk string, more ...string) *machine {
 	}, more...)...)
 }
 
-// TestBootNext: UEFI firmware that starts the kernel itself.
-func TestBootNext(t *testing.T) {
+// efiBoard is a PC whose firmware starts the kernel itself. Its disk has efibootmgr
+// and efivar, too.
+type efiBoard struct {
+	*device
+	disk, vars string
+}
+
+func newEFI(t *testing.T) *efiBoard {
 	needs(t, true, efiTools)
 	dir := unpacked(t, "efitools")
 	f := newFactory(t, findKernel(t, "amd64"), efiModules...)
@@ -61,36 +67,22 @@ func TestBootNext(t *testing.T) {
 	f.parts = func(kernel, initramfs []byte) map[string][]byte {
 		return map[string][]byte{"system": f.fat(file{"/vmlinuz", kernel}, file{"/initrd", initramfs})}
 	}
-	d := &device{
+	b := &efiBoard{device: &device{
 		factory: f, v1: f.image("v1", "", nil),
 		starts:  [2]string{`BdsDxe: starting Boot00A0 `, `BdsDxe: starting Boot.... "ota B"`},
 		refuses: `BdsDxe: failed to load Boot.... "ota B"`,
-	}
-	disk := f.disk("disk.img", []part{
+	}}
+	b.disk = f.disk("disk.img", []part{
 		{name: "state", size: mib},
-		{name: "system-a", size: 32 * mib, data: d.v1.parts["system"]},
+		{name: "system-a", size: 32 * mib, data: b.v1.parts["system"]},
 		{name: "system-b", size: 32 * mib},
 		{name: "tools", size: 8 * mib, data: f.fat(programs...)},
 	})
-	// The option of the factory's slot, made by the library on the host.
-	h, err := os.Open(disk)
-	require.NoError(t, err)
-	defer h.Close()
-	option := func(partition uint32, description string) []byte {
-		hd, err := efi.Partition(h, sectorSize, partition)
-		require.NoError(t, err)
-		b, err := (&efi.LoadOption{
-			Attributes: efi.Active, Description: description, Path: []efi.Node{hd.Node(), efi.FileNode(`\vmlinuz`)},
-			Optional: efi.EncodeString(qemu.EFICmdline),
-		}).Bytes()
-		require.NoError(t, err)
-		return b
-	}
-	vars := f.variableStore("Boot00A0", option(2, "ota A"), "BootOrder", []byte{0xa0, 0})
-	d.power = func() *machine { return powerEFI(t, vars, disk, "-machine", "q35") }
-	d.selected = func(slot int, trial bool) {
+	b.vars = f.variableStore("Boot00A0", b.option(2, "ota A", qemu.EFICmdline), "BootOrder", []byte{0xa0, 0})
+	b.power = func() *machine { return powerEFI(t, b.vars, b.disk, "-machine", "q35") }
+	b.selected = func(slot int, trial bool) {
 		t.Helper()
-		got := readVariables(t, f.read(vars))
+		got := readVariables(t, f.read(b.vars))
 		name := func(number []byte) string {
 			v := got[fmt.Sprintf("Boot%04X", binary.LittleEndian.Uint16(number))]
 			o, err := efi.ParseLoadOption(v)
@@ -106,54 +98,81 @@ func TestBootNext(t *testing.T) {
 			require.Equal(t, "ota "+string(rune('A'+slot)), first)
 		}
 	}
-	d.test()
+	return b
+}
 
-	// The system's own tools, which see the firmware's variables through the kernel.
-	m := d.power()
+// option makes a load option for the kernel in a partition.
+func (b *efiBoard) option(partition uint32, description, cmdline string) []byte {
+	b.t.Helper()
+	disk, err := os.Open(b.disk)
+	require.NoError(b.t, err)
+	defer disk.Close()
+	hd, err := efi.Partition(disk, sectorSize, partition)
+	require.NoError(b.t, err)
+	option, err := (&efi.LoadOption{
+		Attributes: efi.Active, Description: description, Path: []efi.Node{hd.Node(), efi.FileNode(`\vmlinuz`)},
+		Optional: efi.EncodeString(cmdline),
+	}).Bytes()
+	require.NoError(b.t, err)
+	return option
+}
+
+// TestBootNext: UEFI firmware without a boot loader.
+func TestBootNext(t *testing.T) { newEFI(t).test() }
+
+// TestEFITools: what the library has stored in the firmware, efibootmgr and efivar
+// show; what efibootmgr stores is read, and booted.
+func TestEFITools(t *testing.T) {
+	b := newEFI(t)
+	m := b.power()
+	m.ready(0, "v1")
+	m.do("update %s 36000", b.bundle(b.image("v2", "", nil)))
+	m.send("reboot")
 	m.ready(1, "v2")
+	m.do("commit")
+
 	out := m.tool("efibootmgr", "-v")
-	got := readVariables(t, f.read(vars))
-	for i, number := range []uint32{2, 3} {
-		description := "ota " + string(rune('A'+i))
-		hd, err := efi.Partition(h, sectorSize, number)
+	t.Logf("\n%s", out)
+	got := readVariables(t, b.read(b.vars))
+	numbers := map[string]string{}
+	for i, description := range []string{"ota A", "ota B"} {
+		option := b.option(uint32(2+i), description, qemu.EFICmdline)
+		o, err := efi.ParseLoadOption(option)
 		require.NoError(t, err)
-		require.Regexp(t, `(?m)^Boot....\* `+description+`\t`+regexp.QuoteMeta(hd.Node().String()+`/`+efi.FileNode(`\vmlinuz`).String()+
-			strings.Join(strings.Split(qemu.EFICmdline, ""), "."))+`\.*$`, out)
-		if i == 1 {
-			current := regexp.MustCompile(`(?m)^BootCurrent: (....)$`).FindStringSubmatch(out)
-			require.NotNil(t, current, out)
-			require.Equal(t, option(3, description), got["Boot"+current[1]])
-			require.Regexp(t, `(?m)^BootOrder: `+current[1]+`,`, out)
-		}
+		data := strings.ReplaceAll(string(o.Optional), "\x00", ".")
+		line := regexp.MustCompile(`(?m)^Boot(....)\* ` + regexp.QuoteMeta(fmt.Sprintf("%s\t%v/%v%s", description, o.Path[0], o.Path[1], data)) + `$`)
+		match := line.FindStringSubmatch(out)
+		require.NotNil(t, match, "%v", line)
+		require.Equal(t, option, got["Boot"+match[1]])
+		numbers[description] = match[1]
 	}
+	require.Regexp(t, "(?m)^BootCurrent: "+numbers["ota B"]+"$", out)
+	order := regexp.MustCompile("(?m)^BootOrder: (.*)$").FindString(out)
+	require.Regexp(t, "^BootOrder: "+numbers["ota B"], order)
+	require.NotContains(t, order, numbers["ota A"])
+	require.NotContains(t, out, "BootNext")
 	require.Contains(t, m.tool("efivar", "-l"), efi.Global+"-BootOrder\n")
 
-	m.tool("efibootmgr", "-C", "-d", "/dev/vda", "-p", "3", "-L", "theirs", "-l", `\vmlinuz`, "-u", "x")
-	m.tool("efibootmgr", "-n", "A0")
+	m.tool("efibootmgr", "-C", "-d", "/dev/vda", "-p", "3", "-L", "theirs", "-l", `\vmlinuz`, "-u", "quiet")
+	m.tool("efibootmgr", "-n", numbers["ota A"])
 	m.off()
-	m = d.power() // BootNext of the tool
+	m = b.power()
 	r := m.ready(0, "v1")
 	require.True(t, r.Committed)
 	require.Equal(t, 1, r.Active, "BootOrder stays")
 	m.off()
-	got = readVariables(t, f.read(vars))
-	theirs := 0
-	for name, b := range got {
-		o, err := efi.ParseLoadOption(b)
-		if !regexp.MustCompile(`^Boot[0-9A-F]{4}$`).MatchString(name) || err != nil || o.Description != "theirs" {
-			continue
+	var theirs [][]byte
+	for name, v := range readVariables(t, b.read(b.vars)) {
+		if o, err := efi.ParseLoadOption(v); err == nil && strings.HasPrefix(name, "Boot0") && o.Description == "theirs" {
+			again, err := o.Bytes()
+			require.NoError(t, err)
+			require.Equal(t, v, again)
+			theirs = append(theirs, v)
 		}
-		theirs++
-		hd, err := efi.Partition(h, sectorSize, 3)
-		require.NoError(t, err)
-		require.Equal(t, &efi.LoadOption{
-			Attributes: efi.Active, Description: "theirs", Path: []efi.Node{hd.Node(), efi.FileNode(`\vmlinuz`)}, Optional: []byte("x\x00"),
-		}, o)
-		again, err := o.Bytes()
-		require.NoError(t, err)
-		require.Equal(t, b, again)
 	}
-	require.Equal(t, 1, theirs)
+	// The tool leaves out the zero that ends the command line.
+	want := b.option(3, "theirs", "quiet")
+	require.Equal(t, [][]byte{want[:len(want)-2]}, theirs)
 }
 
 // Layout of a store of authenticated variables (tianocore/edk2,
