@@ -19,7 +19,7 @@ type device struct {
 	refuses string
 	resets  bool // somebody must reset the machine then
 	// armed says that the loader starts a watchdog, which also ends a hang before
-	// any driver.
+	// any driver, and which nobody can stop.
 	armed bool
 	// selected checks with the loader's own tool what the next boot does.
 	selected func(slot int, trial bool)
@@ -128,7 +128,7 @@ func (d *device) test() {
 	m.holds(good)
 	r := m.do("commit")
 	require.Equal(t, "committed", r.Outcome)
-	require.Equal(t, "inactive", r.Watchdog)
+	require.Equal(t, map[bool]string{false: "inactive", true: "active"}[d.armed], r.Watchdog)
 	d.selected(1, false)
 	m.send("reboot")
 	require.Equal(t, "committed", settled(1, "v2").Outcome)

@@ -29,6 +29,8 @@ type loader struct {
 	// entries says that the one part of a slot is its boot menu entry, a unified
 	// kernel image, whose name changes.
 	entries bool
+	// armed says that the loader starts a watchdog, which nobody can stop.
+	armed bool
 }
 
 // esp is where the EFI system partition is mounted.
@@ -42,7 +44,7 @@ var loaders = map[string]loader{
 	"systemd-boot": {open: openSystemdBoot, files: esp + "/ota/%s/"},
 	"one-shot":     {open: openOneShot, files: esp + "/ota/%s/"},
 	"uki":          {open: openSystemdBoot, entries: true},
-	"efibootguard": {open: openBootGuard, files: "/config-%s/"},
+	"efibootguard": {open: openBootGuard, files: "/config-%s/", armed: true},
 }
 
 // openUBoot: the environment has two copies in a partition of its own.
@@ -133,8 +135,7 @@ func systemdBoot() (*systemdboot.Config, error) {
 	return &systemdboot.Config{Root: esp, Entries: []string{"ota-a", "ota-b"}}, nil
 }
 
-// openBootGuard: each slot has a config partition. The driver of the watchdog has
-// stopped the one that the loader has armed.
+// openBootGuard: each slot has a config partition.
 func openBootGuard() (driver.Driver, error) {
 	c := &efibootguard.Config{}
 	for _, name := range slotNames {

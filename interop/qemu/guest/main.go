@@ -78,6 +78,7 @@ func main() {
 
 type guest struct {
 	con     *os.File
+	loader  loader
 	version string
 	slots   []ota.Slot
 	dev     *ota.Device
@@ -93,6 +94,18 @@ func (g *guest) say(kind, format string, args ...any) {
 
 func (g *guest) run(ctx context.Context) error {
 	if err := loadModules(); err != nil {
+		return err
+	}
+	name, err := driver.CmdlineParam("", "ota.loader")
+	if err != nil {
+		return err
+	}
+	var ok bool
+	if g.loader, ok = loaders[name]; !ok {
+		return fmt.Errorf("no driver for %q", name)
+	}
+	release, err := g.feed(ctx)
+	if err != nil {
 		return err
 	}
 	if err := network(); err != nil {
@@ -115,11 +128,19 @@ func (g *guest) run(ctx context.Context) error {
 		return err
 	}
 	r := g.report()
+	if r.Trial {
+		release()
+	}
 	g.tell(qemu.Ready, r)
 	if r.Trial {
 		g.watched = make(chan struct{})
 		go func() {
 			defer close(g.watched)
+			defer func() {
+				if _, err := g.feed(ctx); err != nil {
+					g.say(qemu.Watch, "%v", err)
+				}
+			}()
 			if err := g.dev.Watch(ctx); err != nil {
 				g.say(qemu.Watch, "%v", err)
 			} else {
@@ -233,6 +254,36 @@ func watchdogState() string {
 	return strings.TrimSpace(string(b))
 }
 
+const dogTimeout = 20 * time.Second
+
+// feed feeds the watchdog if the boot loader has armed one, until release is called.
+func (g *guest) feed(ctx context.Context) (release func(), err error) {
+	if !g.loader.armed {
+		return func() {}, nil
+	}
+	w, err := watchdog.Open("", &watchdog.Options{Timeout: dogTimeout})
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-ctx.Done():
+				w.Close()
+				return
+			case <-time.After(dogTimeout / 4):
+				if err := w.Keepalive(ctx); err != nil {
+					g.say(qemu.Watch, "%v", err)
+				}
+			}
+		}
+	}()
+	return func() { cancel(); <-done }, nil
+}
+
 // freeze stops the process, as a bug in it might: one thread waits for ever, and holds
 // what all others need to run Go code.
 func freeze() error {
@@ -277,14 +328,7 @@ func (g *guest) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	loader, err := driver.CmdlineParam("", "ota.loader")
-	if err != nil {
-		return err
-	}
-	l, ok := loaders[loader]
-	if !ok {
-		return fmt.Errorf("no driver for %q", loader)
-	}
+	l := g.loader
 	d, err := l.open()
 	if err != nil {
 		return err
@@ -330,7 +374,7 @@ func (g *guest) open(ctx context.Context) error {
 		Platform: "qemu",
 		Checks:   []ota.Check{{Name: "version", Run: func(context.Context) error { return g.check() }}},
 		Reset:    reset,
-		Watchdog: watchdog.For("/dev/watchdog", &watchdog.Options{Timeout: 20 * time.Second}),
+		Watchdog: watchdog.For("", &watchdog.Options{Timeout: dogTimeout, KeepRunning: l.armed}),
 		OnEvent: func(e ota.Event) {
 			if e.Phase != last {
 				g.say(qemu.Phase, "%v %s", e.Phase, uptime())
