@@ -90,6 +90,10 @@ type Capabilities struct {
 	// after a hang before any user program runs, and if the kernel cannot be
 	// loaded.
 	OnPanic, OnHang, OnUnloadable Answer
+	// Copies is in how many places the loader keeps its state, if a write that is
+	// cut off can damage one of them; 0 if it cannot, or if that is not known. With
+	// one copy all of the state can be lost.
+	Copies int
 	// RebootArg is what the restart system call must be given to begin a trial,
 	// "" for an ordinary restart.
 	RebootArg string
