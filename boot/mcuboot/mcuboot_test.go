@@ -498,7 +498,8 @@ func loaders() (ls []loadertest.Loader) {
 				}
 				return err
 			},
-			Weak: true, // a flag has one copy
+			Erases: true,
+			Weak:   true, // a flag has one copy
 		})
 	}
 	return ls
