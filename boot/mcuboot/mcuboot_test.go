@@ -505,6 +505,12 @@ func loaders() (ls []loadertest.Loader) {
 	return ls
 }
 
+func TestConformance(t *testing.T) {
+	for _, l := range loaders() {
+		t.Run(l.Name, l.Conformance)
+	}
+}
+
 func TestPowerCuts(t *testing.T) {
 	for _, l := range loaders() {
 		l.Replay, l.Twice = *replay, *long
