@@ -10,8 +10,8 @@
 //
 // # Swap modes
 //
-// In these modes (scratch, move, offset) firmware always runs from the primary area: the
-// loader exchanges the content of both areas before it starts a trial, and again to go
+// In these modes (using scratch, using move) firmware always runs from the primary area:
+// the loader exchanges the content of both areas before it starts a trial, and again to go
 // back. [Swap] drives it. A slot is an image there, and moves: slot 0 is the one that the
 // device came with, in the primary area, and an update goes to the slot whose image is
 // in the secondary one. Which is where follows from the digests in the library's records
@@ -29,7 +29,9 @@
 // area, verify it, call [Trailer.SetPending], reboot, and call [Trailer.Confirm] on the
 // primary area; [NextSwap] tells what the loader will do.
 //
-// Modes that only overwrite the primary area cannot go back; do not use this driver then.
+// Do not use this driver with a loader that swaps using offset, which leaves an image of
+// the secondary area in another place than it takes one from, nor with one that only
+// overwrites the primary area and cannot go back.
 //
 // # Direct-XIP with revert
 //

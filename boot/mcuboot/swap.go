@@ -1,11 +1,13 @@
 package mcuboot
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync/atomic"
 
 	"github.com/slotota/ota"
@@ -21,9 +23,6 @@ type SwapConfig struct {
 	// on how it was built (mcu-tools/mcuboot, docs/design.md, "Image trailer";
 	// imgtool sign refuses images that are too large for it).
 	ImageSize int64
-	// SecondaryOffset is where the image begins in the secondary area: one sector
-	// for loaders that swap using offset, 0 otherwise.
-	SecondaryOffset int64
 	// Align is the loader's BOOT_MAX_ALIGN; 0 means 8.
 	Align int
 	// Image is the number of the image, at most 15, where the loader manages several.
@@ -56,10 +55,10 @@ func NewSwap(c *SwapConfig) (*Swap, error) {
 	if d.secondary, err = NewTrailer(c.Secondary, d.c.Align); err != nil {
 		return nil, fmt.Errorf("secondary area: %w", err)
 	}
-	if c.ImageSize < HeaderSize || c.ImageSize > d.primary.Start() || c.SecondaryOffset < 0 || c.SecondaryOffset > d.secondary.Start() || c.ImageSize > d.secondary.Start()-c.SecondaryOffset {
+	if c.ImageSize < HeaderSize || c.ImageSize > d.primary.Start() || c.ImageSize > d.secondary.Start() {
 		return nil, fmt.Errorf("mcuboot: images of %d bytes, in areas of %d and %d: %w", c.ImageSize, c.Primary.Size(), c.Secondary.Size(), ota.ErrInvalid)
 	}
-	for _, id := range []ota.SlotID{0, 1} {
+	for id := range ota.SlotID(2) {
 		if _, err := d.area(id, 0); err != nil {
 			return nil, fmt.Errorf("mcuboot: %w", err)
 		}
@@ -169,7 +168,7 @@ func (d *Swap) area(id, running ota.SlotID) (ota.Flash, error) {
 	if id == running {
 		return ota.Region(d.c.Primary, 0, d.c.ImageSize)
 	}
-	return ota.Region(d.c.Secondary, d.c.SecondaryOffset, d.c.ImageSize)
+	return ota.Region(d.c.Secondary, 0, d.c.ImageSize)
 }
 
 // Image returns where the image of a slot is until the next boot: the primary area for
@@ -220,17 +219,27 @@ func byDigest(ctx context.Context, c *SwapConfig, records []ota.Bootloader) (ota
 			return ota.NoSlot, err
 		}
 	}
+	// If both slots have the same image, what is asked for is in the secondary area
+	// until the loader has swapped.
+	t, err := NewTrailer(c.Secondary, cmp.Or(c.Align, 8))
+	if err != nil {
+		return ota.NoSlot, err
+	}
+	asked, err := t.Read(ctx)
+	if err != nil {
+		return ota.NoSlot, err
+	}
 	factory := ota.NoSlot
 	if len(states) == 0 {
 		factory = 0
 	}
-	for _, a := range []struct {
-		f       ota.Flash
-		off     int64
-		primary bool
-	}{{c.Primary, 0, true}, {c.Secondary, c.SecondaryOffset, false}} {
+	for i, area := range []ota.Flash{c.Primary, c.Secondary} {
 		for _, s := range states {
-			for _, id := range []ota.SlotID{s.Active, 1 - s.Active} {
+			ids := []ota.SlotID{s.Active, 1 - s.Active}
+			if asked.Magic == Set {
+				slices.Reverse(ids)
+			}
+			for _, id := range ids {
 				parts := s.Slot(id).Parts
 				if len(parts) == 0 {
 					if factory == ota.NoSlot {
@@ -238,32 +247,32 @@ func byDigest(ctx context.Context, c *SwapConfig, records []ota.Bootloader) (ota
 					}
 					continue
 				}
-				ok, err := holds(ctx, a.f, a.off, parts[0])
+				ok, err := holds(ctx, area, parts[0])
 				switch {
 				case err != nil:
 					return ota.NoSlot, err
-				case ok && a.primary:
+				case ok && i == 0:
 					return id, nil
 				case ok:
 					return 1 - id, nil
 				}
 			}
 		}
-		if a.primary && factory != ota.NoSlot {
+		if i == 0 && factory != ota.NoSlot {
 			return factory, nil
 		}
 	}
 	return ota.NoSlot, fmt.Errorf("mcuboot: no slot has the image in the primary area: %w", ota.ErrUnknownSlot)
 }
 
-// holds reports whether the bytes at off are those of part.
-func holds(ctx context.Context, f ota.Flash, off int64, part ota.PartState) (bool, error) {
-	if part.Size < 0 || part.Size > f.Size()-off {
+// holds reports whether f begins with the bytes of part.
+func holds(ctx context.Context, f ota.Flash, part ota.PartState) (bool, error) {
+	if part.Size < 0 || part.Size > f.Size() {
 		return false, nil
 	}
 	h := sha256.New()
 	b := make([]byte, 4096)
-	for r := io.NewSectionReader(f, off, part.Size); ; {
+	for r := io.NewSectionReader(f, 0, part.Size); ; {
 		if err := ctx.Err(); err != nil {
 			return false, err
 		}

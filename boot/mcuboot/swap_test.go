@@ -24,11 +24,11 @@ import (
 // boot_perform_update; swap_misc.c). The exchange itself can be cut off and goes on: both areas
 // are copied to scratch, then a byte says so, then they are written back.
 type swapDevice struct {
-	areas           [2]ota.Flash // primary, secondary
-	scratch         ota.Flash
-	status          ota.Flash
-	align           int
-	room, secondary int64 // for images; where they begin in the secondary area
+	areas   [2]ota.Flash // primary, secondary
+	scratch ota.Flash
+	status  ota.Flash
+	align   int
+	room    int64 // for images
 }
 
 const (
@@ -43,13 +43,13 @@ func (l *swapDevice) setStatus(b byte) error {
 	return l.status.Sync()
 }
 
-func overwrite(f ota.Flash, b []byte, off int64) error {
+func overwrite(f ota.Flash, b []byte) error {
 	if e, ok := f.(ota.Eraser); ok {
 		if err := e.Erase(0, f.Size()); err != nil {
 			return err
 		}
 	}
-	if _, err := f.WriteAt(b, off); err != nil {
+	if _, err := f.WriteAt(b, 0); err != nil {
 		return err
 	}
 	return f.Sync()
@@ -88,12 +88,12 @@ func (l *swapDevice) boot(ctx context.Context) ([]byte, error) {
 		}
 		if typ != SwapNone {
 			both := make([]byte, 2*l.room)
-			for i, off := range []int64{l.secondary, 0} { // the other's
-				if _, err := l.areas[1-i].ReadAt(both[int64(i)*l.room:int64(i+1)*l.room], off); err != nil {
+			for i := range 2 {
+				if _, err := l.areas[1-i].ReadAt(both[int64(i)*l.room:int64(i+1)*l.room], 0); err != nil {
 					return nil, err
 				}
 			}
-			if err := overwrite(l.scratch, both, 0); err != nil {
+			if err := overwrite(l.scratch, both); err != nil {
 				return nil, err
 			}
 			if err := l.setStatus(copyBack | byte(typ)); err != nil {
@@ -106,8 +106,8 @@ func (l *swapDevice) boot(ctx context.Context) ([]byte, error) {
 		if _, err := l.scratch.ReadAt(both, 0); err != nil {
 			return nil, err
 		}
-		for i, off := range []int64{0, l.secondary} {
-			if err := overwrite(l.areas[i], both[int64(i)*l.room:int64(i+1)*l.room], off); err != nil {
+		for i := range 2 {
+			if err := overwrite(l.areas[i], both[int64(i)*l.room:int64(i+1)*l.room]); err != nil {
 				return nil, err
 			}
 		}
@@ -127,23 +127,22 @@ func (l *swapDevice) boot(ctx context.Context) ([]byte, error) {
 }
 
 func (l *swapDevice) valid(ctx context.Context, i int) bool {
-	off := []int64{0, l.secondary}[i]
-	_, err := VerifyImage(ctx, io.NewSectionReader(l.areas[i], off, l.room), l.room, &VerifyOptions{AllowUnsigned: true})
+	_, err := VerifyImage(ctx, l.areas[i], l.room, &VerifyOptions{AllowUnsigned: true})
 	return err == nil
 }
 
 // swapKinds are the loaders that are simulated.
 var swapKinds = []struct {
-	name            string
-	align           int
-	room, secondary int64
-	cfg             memflash.Config
+	name  string
+	align int
+	room  int64
+	cfg   memflash.Config
 }{
 	// The loader programs flags of a trailer that were cut off.
-	{"scratch-8", 8, 2048, 0, memflash.Config{Size: 4096, EraseSize: 1024, WriteSize: 8, Rewrite: true}},
-	{"offset-4", 4, 2048, 1024, memflash.Config{Size: 4096, EraseSize: 512, Unsynced: true, Rewrite: true}},
-	{"move-16", 16, 2048, 0, memflash.Config{Size: 4096, EraseSize: 1024, WriteSize: 16, ErasedZero: true, Rewrite: true}},
-	{"scratch-32", 32, 4096, 0, memflash.Config{Size: 8192, EraseSize: 4096, WriteSize: 32, Rewrite: true}},
+	{"8", 8, 2048, memflash.Config{Size: 4096, EraseSize: 1024, WriteSize: 8, Rewrite: true}},
+	{"4", 4, 2048, memflash.Config{Size: 4096, EraseSize: 512, Unsynced: true, Rewrite: true}},
+	{"16", 16, 2048, memflash.Config{Size: 4096, EraseSize: 1024, WriteSize: 16, ErasedZero: true, Rewrite: true}},
+	{"32", 32, 4096, memflash.Config{Size: 8192, EraseSize: 4096, WriteSize: 32, Rewrite: true}},
 }
 
 // blankTail returns b with what an erased flash has behind it.
@@ -155,16 +154,16 @@ func swapped() (ls []loadertest.Loader) {
 	old, next := build(Version{Major: 1}, make([]byte, 200), nil), build(Version{Major: 1, Revision: 1}, make([]byte, 300), nil)
 	for _, k := range swapKinds {
 		attach := func(fs []ota.Flash) *swapDevice {
-			return &swapDevice{areas: [2]ota.Flash(fs), scratch: fs[2], status: fs[3], align: k.align, room: k.room, secondary: k.secondary}
+			return &swapDevice{areas: [2]ota.Flash(fs), scratch: fs[2], status: fs[3], align: k.align, room: k.room}
 		}
 		ls = append(ls, loadertest.Loader{
 			Name:    "swap-" + k.name,
 			Flashes: []memflash.Config{k.cfg, k.cfg, {Size: 2 * k.room}, {Size: 1}},
 			Format: func(fs []ota.Flash) error {
-				return errors.Join(overwrite(fs[0], blankTail(fs[0], old, k.room), 0), overwrite(fs[1], blankTail(fs[1], next, k.room), k.secondary))
+				return errors.Join(overwrite(fs[0], blankTail(fs[0], old, k.room)), overwrite(fs[1], blankTail(fs[1], next, k.room)))
 			},
 			Open: func(fs []ota.Flash, running func(context.Context) (ota.SlotID, error)) (driver.Driver, error) {
-				return NewSwap(&SwapConfig{Primary: fs[0], Secondary: fs[1], ImageSize: k.room, SecondaryOffset: k.secondary, Align: k.align, Running: running})
+				return NewSwap(&SwapConfig{Primary: fs[0], Secondary: fs[1], ImageSize: k.room, Align: k.align, Running: running})
 			},
 			Boot: func(ctx context.Context, fs []ota.Flash) (ota.SlotID, error) {
 				b, err := attach(fs).boot(ctx)
@@ -226,22 +225,19 @@ func TestSwapLife(t *testing.T) {
 		rec := memflash.Config{Size: bootrecord.MaxSize}
 		chip := memflash.NewChip(append(slices.Repeat([]memflash.Config{rec}, 6), k.cfg, k.cfg, memflash.Config{Size: 2 * k.room}, memflash.Config{Size: 1})...)
 		fs := chip.Flashes()
-		l := &swapDevice{areas: [2]ota.Flash(fs[6:]), scratch: fs[8], status: fs[9], align: k.align, room: k.room, secondary: k.secondary}
+		l := &swapDevice{areas: [2]ota.Flash(fs[6:]), scratch: fs[8], status: fs[9], align: k.align, room: k.room}
 		image := func(n uint16) []byte {
 			return build(Version{Major: 1, Revision: n}, bytes.Repeat([]byte{byte(n)}, 100), nil)
 		}
-		require.NoError(t, overwrite(fs[6], blankTail(fs[6], image(0), k.room), 0))
+		require.NoError(t, overwrite(fs[6], blankTail(fs[6], image(0), k.room)))
 
-		reset := func(want uint16) *ota.Device {
+		open := func() *ota.Device {
 			t.Helper()
-			b, err := l.boot(ctx)
-			require.NoError(t, err)
-			require.True(t, bytes.HasPrefix(b, image(want)), "image %d runs, not %d", b[22], want)
 			current, err := bootrecord.New(fs[:3], nil)
 			require.NoError(t, err)
 			pending, err := bootrecord.New(fs[3:6], nil)
 			require.NoError(t, err)
-			c := SwapConfig{Primary: fs[6], Secondary: fs[7], ImageSize: k.room, SecondaryOffset: k.secondary, Align: k.align}
+			c := SwapConfig{Primary: fs[6], Secondary: fs[7], ImageSize: k.room, Align: k.align}
 			c.Running = ByDigest(&c, current, pending)
 			d, err := NewSwap(&c)
 			require.NoError(t, err)
@@ -256,6 +252,13 @@ func TestSwapLife(t *testing.T) {
 			dev, err := ota.Open(ctx, bl, slots, &ota.Options{Platform: "p", BufferSize: 1024})
 			require.NoError(t, err)
 			return dev
+		}
+		reset := func(want uint16) *ota.Device {
+			t.Helper()
+			b, err := l.boot(ctx)
+			require.NoError(t, err)
+			require.True(t, bytes.HasPrefix(b, image(want)), "image %d runs, not %d", b[22], want)
+			return open()
 		}
 		update := func(dev *ota.Device, n uint16) {
 			t.Helper()
@@ -308,6 +311,17 @@ func TestSwapLife(t *testing.T) {
 		update(dev, 5)
 		require.NoError(t, reset(5).Commit(ctx))
 		state(reset(5), true)
+		// The same image in both slots.
+		dev = reset(5)
+		before := dev.Running()
+		other, err := dev.CreateSnapshot(ctx, nil)
+		require.NoError(t, err)
+		require.NoError(t, dev.SetBootState(ctx, ota.BootStatePatch{Active: &other}))
+		require.Equal(t, before, open().Running())
+		dev = reset(5)
+		require.Equal(t, other, dev.Running())
+		require.NoError(t, dev.Commit(ctx))
+		state(reset(5), true)
 		require.NoError(t, chip.Err(), k.name)
 	}
 }
@@ -324,8 +338,7 @@ func TestSwapConfig(t *testing.T) {
 		"no primary": func(c *SwapConfig) { c.Primary = nil }, "no secondary": func(c *SwapConfig) { c.Secondary = nil },
 		"no running": func(c *SwapConfig) { c.Running = nil }, "image": func(c *SwapConfig) { c.Image = 16 },
 		"align": func(c *SwapConfig) { c.Align = 5 }, "no room": func(c *SwapConfig) { c.ImageSize = 0 },
-		"too large": func(c *SwapConfig) { c.ImageSize = 4096 }, "too large behind": func(c *SwapConfig) { c.ImageSize, c.SecondaryOffset = 3072, 1024 },
-		"units": func(c *SwapConfig) { c.ImageSize = 2047 }, "negative": func(c *SwapConfig) { c.SecondaryOffset = -1024 },
+		"too large": func(c *SwapConfig) { c.ImageSize = 4096 }, "units": func(c *SwapConfig) { c.ImageSize = 2047 },
 	} {
 		c := good
 		change(&c)
