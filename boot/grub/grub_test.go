@@ -204,7 +204,7 @@ func TestTool(t *testing.T) {
 		n := fmt.Sprintf("v%d", rnd.IntN(4))
 		var value strings.Builder
 		for range rnd.IntN(30) {
-			value.WriteByte(` ab#=\"'$`[rnd.IntN(9)])
+			value.WriteByte(" ab#=\\\"'$\n"[rnd.IntN(10)])
 		}
 		want[n] = value.String()
 		if i%2 == 0 {
