@@ -242,7 +242,7 @@ func TestUDPPinned(t *testing.T) {
 			require.Len(t, r, 1)
 			return strings.TrimPrefix(r[0], fmt.Sprintf(`{"id":%d,"src":"esp32_123456",`, id))
 		}
-		const done, refused = `"result":null}`, `"error":{"code":503,"message":"the push session belongs to another address"}}`
+		const done, refused = `"result":null}`, `"error":{"code":503,"message":"the push session belongs to another client"}}`
 		require.Equal(t, done, call(a, "Begin", "{}"))
 		require.Equal(t, done, call(a, "Begin", "{}"), "once more, with another id")
 		for _, c := range []*etherConn{port, host} {
