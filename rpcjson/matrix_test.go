@@ -42,13 +42,12 @@ func TestMatrix(t *testing.T) {
 			})
 			return func(*tls.Certificate) *http.Client { return client }, "http://localhost/rpc"
 		}},
-		{Name: "TCP", Channel: "TCP", Users: true, Frames: overListener("TCP", func(t *testing.T) net.Listener {
-			l, err := net.Listen("tcp", "127.0.0.1:0")
-			require.NoError(t, err)
-			return l
-		})},
-		{Name: "Unix socket", Channel: "UNIX", Users: true, Frames: overListener("UNIX", listenUnix)},
-		{Name: "UDP", Channel: "UDP_in", Users: true, Frames: overUDP},
+		{Name: "TCP", Channel: "TCP", Frames: overListener("", listenTCP)},
+		{Name: "TCP of users", Channel: "TCP", Users: true, Frames: overListener("TCP", listenTCP)},
+		{Name: "Unix socket", Channel: "UNIX", Frames: overListener("", listenUnix)},
+		{Name: "Unix socket of users", Channel: "UNIX", Users: true, Frames: overListener("UNIX", listenUnix)},
+		{Name: "UDP", Channel: "UDP_in", Frames: overUDP(false)},
+		{Name: "UDP of users", Channel: "UDP_in", Users: true, Frames: overUDP(true)},
 		{Name: "standard input and output", Channel: "UART", Users: true, Frames: overStream(nil, func(t *testing.T) (mine, theirs io.ReadWriteCloser) {
 			a, b, err := os.Pipe()
 			require.NoError(t, err)
@@ -86,6 +85,12 @@ func serveTLS(t *testing.T, srv *rpcjson.Server, pki *authmatrix.PKI) (func(*tls
 		t.Cleanup(tr.CloseIdleConnections)
 		return &http.Client{Transport: tr}
 	}, web.URL + "/rpc"
+}
+
+func listenTCP(t *testing.T) net.Listener {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	return l
 }
 
 func listenUnix(t *testing.T) net.Listener {
@@ -144,11 +149,15 @@ func background(t *testing.T, f func(context.Context) error) {
 
 type frames = func(*testing.T, *rpcjson.Server, *authmatrix.PKI) func(authmatrix.Opening) (authmatrix.RoundTrip, error)
 
+// overListener serves a listener; unless channel is "", with users.
 func overListener(channel string, listen func(*testing.T) net.Listener) frames {
 	return func(t *testing.T, srv *rpcjson.Server, _ *authmatrix.PKI) func(authmatrix.Opening) (authmatrix.RoundTrip, error) {
 		u := &users{of: map[string]string{}}
 		l := listen(t)
 		background(t, func(ctx context.Context) error {
+			if channel == "" {
+				return srv.ServeListener(ctx, l, nil)
+			}
 			return srv.ServeListener(ctx, l, &rpcjson.ListenOptions{Peer: func(c net.Conn) (rpcjson.Peer, error) { return u.peer(channel, c.RemoteAddr()) }})
 		})
 		return func(o authmatrix.Opening) (authmatrix.RoundTrip, error) {
@@ -161,17 +170,21 @@ func overListener(channel string, listen func(*testing.T) net.Listener) frames {
 	}
 }
 
-func overUDP(t *testing.T, srv *rpcjson.Server, _ *authmatrix.PKI) func(authmatrix.Opening) (authmatrix.RoundTrip, error) {
-	u := &users{of: map[string]string{}}
-	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
-	require.NoError(t, err)
-	background(t, func(ctx context.Context) error {
-		return srv.ServePacket(ctx, pc, &rpcjson.PacketOptions{Peer: func(a net.Addr) (rpcjson.Peer, error) { return u.peer("UDP_in", a) }})
-	})
-	return func(o authmatrix.Opening) (authmatrix.RoundTrip, error) {
-		return roundTrips(t, rpcjson.NewDatagram(func(context.Context) (net.Conn, error) {
-			return u.dial(t, "udp", pc.LocalAddr().String(), o.User)
-		}, &rpcjson.DatagramOptions{RetransmitAll: true})), nil // this server knows a repetition
+func overUDP(withUsers bool) frames {
+	return func(t *testing.T, srv *rpcjson.Server, _ *authmatrix.PKI) func(authmatrix.Opening) (authmatrix.RoundTrip, error) {
+		u := &users{of: map[string]string{}}
+		pc, err := net.ListenPacket("udp", "127.0.0.1:0")
+		require.NoError(t, err)
+		o := &rpcjson.PacketOptions{}
+		if withUsers {
+			o.Peer = func(a net.Addr) (rpcjson.Peer, error) { return u.peer("UDP_in", a) }
+		}
+		background(t, func(ctx context.Context) error { return srv.ServePacket(ctx, pc, o) })
+		return func(o authmatrix.Opening) (authmatrix.RoundTrip, error) {
+			return roundTrips(t, rpcjson.NewDatagram(func(context.Context) (net.Conn, error) {
+				return u.dial(t, "udp", pc.LocalAddr().String(), o.User)
+			}, &rpcjson.DatagramOptions{RetransmitAll: true})), nil // this server knows a repetition
+		}
 	}
 }
 
