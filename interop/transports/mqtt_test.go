@@ -185,7 +185,7 @@ func TestMQTTVectors(t *testing.T) {
 			}
 		}
 	}
-	readVectors(t, "testdata/mqtt.json", &v)
+	readVectors(t, "../../rpcjson/testdata/mqtt.json", &v)
 	require.Len(t, v.Cases, 3)
 	for _, c := range v.Cases {
 		t.Run(c.Name, func(t *testing.T) {

@@ -1,0 +1,95 @@
+package transports_test
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/slotota/ota/internal/replay"
+	"github.com/slotota/ota/rpcjson"
+	"github.com/slotota/ota/rpcjson/mqtt"
+)
+
+// rawMQTT is a client that publishes what it is told to, whatever its source is
+// said to be, and gets all replies.
+type rawMQTT struct {
+	net.Conn
+	r *bufio.Reader
+	n uint16
+}
+
+func dialRaw(t *testing.T, addr string, topics ...string) *rawMQTT {
+	t.Helper()
+	conn, err := net.Dial("tcp", addr)
+	require.NoError(t, err)
+	t.Cleanup(func() { conn.Close() })
+	require.NoError(t, conn.SetDeadline(time.Now().Add(replay.Timeout)))
+	c := &rawMQTT{Conn: conn, r: bufio.NewReader(conn)}
+	id := fmt.Sprintf("raw%d", time.Now().UnixNano())
+	body := append([]byte("\x00\x04MQTT\x04\x02\x00\x00\x00"), byte(len(id)))
+	_, err = c.Write(packet{0x10, append(body, id...)}.wire())
+	require.NoError(t, err)
+	p, err := readPacket(c.r)
+	require.NoError(t, err)
+	require.Equal(t, []byte{0, 0}, p.body)
+	body = []byte{0, 1}
+	for _, topic := range topics {
+		body = append(append(append(body, 0, byte(len(topic))), topic...), 0)
+	}
+	_, err = c.Write(packet{0x82, body}.wire())
+	require.NoError(t, err)
+	p, err = readPacket(c.r)
+	require.NoError(t, err)
+	require.Equal(t, byte(0x90), p.head)
+	return c
+}
+
+// Send implements replay.Conn.
+func (c *rawMQTT) Send(frame []byte) error {
+	const topic = deviceID + "/rpc"
+	body := append([]byte{0, byte(len(topic))}, topic...)
+	_, err := c.Write(packet{0x30, append(body, frame...)}.wire())
+	return err
+}
+
+// Recv implements replay.Conn.
+func (c *rawMQTT) Recv() ([]byte, error) {
+	for {
+		p, err := readPacket(c.r)
+		if err != nil {
+			return nil, err
+		}
+		if p.kind() == typePublish {
+			return []byte(p.payload()), nil
+		}
+	}
+}
+
+// What was recorded on any transport, through brokers.
+func TestMQTTReplay(t *testing.T) {
+	brokers(t, func(t *testing.T, addr string) {
+		replay.Run(t, "../../rpcjson/testdata", replay.Transport{Name: "MQTT", NeedsSrc: true, Serve: func(t *testing.T, srv *rpcjson.Server) func() (replay.Conn, error) {
+			ctx, cancel := context.WithCancel(context.Background())
+			ended := make(chan error, 1)
+			c := dialRaw(t, addr, "mos/rpc", deviceID+"/rpc-resp/+/rpc", "status")
+			go func() { ended <- mqtt.Serve(ctx, srv, "mqtt://"+addr, &mqtt.ServeOptions{StatusTopic: "status"}) }()
+			t.Cleanup(func() {
+				cancel()
+				require.ErrorIs(t, <-ended, context.Canceled)
+			})
+			return func() (replay.Conn, error) {
+				for {
+					// Of the device before this one the broker may know yet.
+					if b, err := c.Recv(); err != nil || string(b) == "online" {
+						return c, err
+					}
+				}
+			}
+		}})
+	})
+}
