@@ -19,17 +19,17 @@ import (
 // said to be, and gets all replies.
 type rawMQTT struct {
 	net.Conn
-	r *bufio.Reader
-	n uint16
+	r      *bufio.Reader
+	status string // topic
 }
 
-func dialRaw(t *testing.T, addr string, topics ...string) *rawMQTT {
+func dialRaw(t *testing.T, addr, status string, topics ...string) *rawMQTT {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)
 	require.NoError(t, err)
 	t.Cleanup(func() { conn.Close() })
 	require.NoError(t, conn.SetDeadline(time.Now().Add(replay.Timeout)))
-	c := &rawMQTT{Conn: conn, r: bufio.NewReader(conn)}
+	c := &rawMQTT{Conn: conn, r: bufio.NewReader(conn), status: status}
 	id := fmt.Sprintf("raw%d", time.Now().UnixNano())
 	body := append([]byte("\x00\x04MQTT\x04\x02\x00\x00\x00"), byte(len(id)))
 	_, err = c.Write(packet{0x10, append(body, id...)}.wire())
@@ -38,7 +38,7 @@ func dialRaw(t *testing.T, addr string, topics ...string) *rawMQTT {
 	require.NoError(t, err)
 	require.Equal(t, []byte{0, 0}, p.body)
 	body = []byte{0, 1}
-	for _, topic := range topics {
+	for _, topic := range append(topics, status) {
 		body = append(append(append(body, 0, byte(len(topic))), topic...), 0)
 	}
 	_, err = c.Write(packet{0x82, body}.wire())
@@ -64,8 +64,18 @@ func (c *rawMQTT) Recv() ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		if p.kind() == typePublish {
+		if p.kind() == typePublish && p.topic() != c.status {
 			return []byte(p.payload()), nil
+		}
+	}
+}
+
+// online waits until a device says so on the topic for its status.
+func (c *rawMQTT) online() error {
+	for {
+		p, err := readPacket(c.r)
+		if err != nil || p.kind() == typePublish && p.topic() == c.status && p.payload() == "online" {
+			return err
 		}
 	}
 }
@@ -76,20 +86,15 @@ func TestMQTTReplay(t *testing.T) {
 		replay.Run(t, "../../rpcjson/testdata", replay.Transport{Name: "MQTT", NeedsSrc: true, Serve: func(t *testing.T, srv *rpcjson.Server) func() (replay.Conn, error) {
 			ctx, cancel := context.WithCancel(context.Background())
 			ended := make(chan error, 1)
-			c := dialRaw(t, addr, "mos/rpc", deviceID+"/rpc-resp/+/rpc", "status")
-			go func() { ended <- mqtt.Serve(ctx, srv, "mqtt://"+addr, &mqtt.ServeOptions{StatusTopic: "status"}) }()
+			// What the broker knows of the device before this one is on another topic.
+			status := fmt.Sprintf("status/%d", time.Now().UnixNano())
+			c := dialRaw(t, addr, status, "mos/rpc", deviceID+"/rpc-resp/+/rpc")
+			go func() { ended <- mqtt.Serve(ctx, srv, "mqtt://"+addr, &mqtt.ServeOptions{StatusTopic: status}) }()
 			t.Cleanup(func() {
 				cancel()
 				require.ErrorIs(t, <-ended, context.Canceled)
 			})
-			return func() (replay.Conn, error) {
-				for {
-					// Of the device before this one the broker may know yet.
-					if b, err := c.Recv(); err != nil || string(b) == "online" {
-						return c, err
-					}
-				}
-			}
+			return func() (replay.Conn, error) { return c, c.online() }
 		}})
 	})
 }
