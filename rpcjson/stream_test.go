@@ -513,6 +513,27 @@ func TestStreamEnds(t *testing.T) {
 			require.Contains(t, w.took(), "null")
 		})
 	})
+	// Somebody who sends something all the time, but never a whole frame, is idle.
+	for name, piece := range map[string]string{"slow": "x", "noise": "x\n", "blank": "\n"} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newTest(t, newFake(), nil)
+				w := newWire(t, s, &StreamOptions{IdleTimeout: time.Minute})
+				start := time.Now()
+				w.send(`{"id":1,"method":"OTA.Status"}` + "\n")
+				time.Sleep(30 * time.Second)
+				w.send(`{"id":1,"method":"OTA.Status"}` + "\n{")
+				for {
+					if _, err := io.WriteString(w, piece); err != nil {
+						break
+					}
+					time.Sleep(time.Second)
+				}
+				require.ErrorIs(t, <-w.ended, errIdle)
+				require.WithinDuration(t, start.Add(90*time.Second), time.Now(), 2*time.Second)
+			})
+		})
+	}
 	t.Run("end", func(t *testing.T) {
 		s := newTest(t, newFake(), nil)
 		listeners(t, s, func(t *testing.T, network, addr string) {
