@@ -516,10 +516,10 @@ func (s *stream) flow(on bool) {
 }
 
 // read decodes what comes until the end of the stream, which is no error. idle is
-// asked whether the stream may be closed for having nothing to do.
+// asked whether the stream may be closed for having nothing to do; nil means never.
 func (s *stream) read(d *decoder, idle func() bool) error {
 	dl, _ := s.rwc.(interface{ SetReadDeadline(time.Time) error })
-	if s.o.IdleTimeout <= 0 {
+	if s.o.IdleTimeout <= 0 || idle == nil {
 		dl = nil
 	}
 	buf := make([]byte, readSize)
