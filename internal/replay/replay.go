@@ -106,7 +106,7 @@ type rig struct {
 	slots []ota.Slot
 	open  func() (Conn, error)
 	conn  Conn
-	probe int
+	probe int64
 }
 
 func (r *run) rig(t *testing.T) *rig {
@@ -175,8 +175,8 @@ func (g *rig) ask(frame string) string {
 func (g *rig) nothing(about string) {
 	g.t.Helper()
 	g.probe++
-	require.Equal(g.t, fmt.Sprintf(`{"id":%d,"src":"`+DeviceID+`","dst":"mos","result":true}`, 1<<40+g.probe),
-		g.ask(fmt.Sprintf(`{"src":"mos","id":%d,"method":"Probe"}`, 1<<40+g.probe)), about)
+	require.Equal(g.t, fmt.Sprintf(`{"id":%d,"src":"`+DeviceID+`","dst":"mos","result":true}`, int64(1)<<40+g.probe),
+		g.ask(fmt.Sprintf(`{"src":"mos","id":%d,"method":"Probe"}`, int64(1)<<40+g.probe)), about)
 }
 
 const bootState = `{"active_slot": 0, "is_committed": true, "revert_slot": 0, "commit_timeout": 0}`

@@ -21,6 +21,7 @@ type rawMQTT struct {
 	net.Conn
 	r      *bufio.Reader
 	status string // topic
+	id     uint16 // of the last message
 }
 
 func dialRaw(t *testing.T, addr, status string, topics ...string) *rawMQTT {
@@ -49,11 +50,13 @@ func dialRaw(t *testing.T, addr, status string, topics ...string) *rawMQTT {
 	return c
 }
 
-// Send implements replay.Conn.
+// Send implements replay.Conn, with QoS 1: the device may be connecting anew.
 func (c *rawMQTT) Send(frame []byte) error {
 	const topic = deviceID + "/rpc"
 	body := append([]byte{0, byte(len(topic))}, topic...)
-	_, err := c.Write(packet{0x30, append(body, frame...)}.wire())
+	c.id++
+	body = append(body, byte(c.id>>8), byte(c.id))
+	_, err := c.Write(packet{0x32, append(body, frame...)}.wire())
 	return err
 }
 
