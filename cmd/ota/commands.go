@@ -225,7 +225,7 @@ func help(*flag.FlagSet) func(context.Context, *env, []string) error {
 		}
 		c, rest := find(args)
 		if c == nil {
-			return usagef("no command %s", ota.Quote(strings.Join(args, " ")))
+			return fail(exitUsage, "ota help lists them", "no command %s", ota.Quote(strings.Join(args, " ")))
 		}
 		if err := want(rest, 0, 0); err != nil {
 			return err
