@@ -90,7 +90,10 @@ func (d *digest) proves(ha1, method string) bool {
 // count returns the value of nc, 0 if it is none.
 func (d *digest) count() uint64 {
 	var b [4]byte
-	if n, err := hex.Decode(b[:], []byte(d.nc)); n != 4 || err != nil || len(d.nc) != 8 {
+	if len(d.nc) != 2*len(b) { // Decode does not look how much there is room for
+		return 0
+	}
+	if _, err := hex.Decode(b[:], []byte(d.nc)); err != nil {
 		return 0
 	}
 	return uint64(binary.BigEndian.Uint32(b[:]))
