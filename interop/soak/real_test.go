@@ -105,8 +105,8 @@ func (s *served) off() {
 // answered repeats a call until the device, which has just been switched on,
 // answers it.
 func answered(ctx context.Context, call func(context.Context) error) error {
-	for {
-		one, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
+	for patience := 250 * time.Millisecond; ; patience = min(2*patience, 10*time.Second) {
+		one, cancel := context.WithTimeout(ctx, patience)
 		err := call(one)
 		cancel()
 		var re *rpcjson.Error
@@ -118,7 +118,7 @@ func answered(ctx context.Context, call func(context.Context) error) error {
 
 // update is one update by push and what becomes of it: n counts them.
 func (s *served) update(ctx context.Context, c *rpcjson.Client, n int) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
 	i := statemachine.Image{Version: 2 + n%(sim.Versions-1)}
 	if n%7 == 3 {
@@ -287,7 +287,7 @@ func soak(t *testing.T, n int, open func(*testing.T) []way) {
 		w.close()
 	}
 	require.NoError(t, d.Chip.Err())
-	require.Eventually(t, func() bool { return runtime.NumGoroutine() <= goroutines+1 }, 5*time.Second, 10*time.Millisecond, // one evaluates this
+	require.Eventually(t, func() bool { return runtime.NumGoroutine() <= goroutines+1 }, 30*time.Second, 10*time.Millisecond, // one evaluates this
 		"%d goroutines before", goroutines)
 	require.Equal(t, fds, descriptors(), "open files")
 	grown := heap[len(heap)-1].heap - heap[0].heap

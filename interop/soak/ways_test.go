@@ -42,9 +42,9 @@ var ways = []struct {
 	{"tcp", overTCP}, {"udp", overUDP}, {"unix", overUnix}, {"stdio", overStdio},
 }
 
-// opts are those of all clients: what is lost on the way to a device that is off is
-// called again soon.
-var opts = &rpcjson.ClientOptions{Timeout: 2 * time.Second}
+// opts are those of all clients. A call that is lost on the way to a device that is
+// off is repeated after the timeout.
+var opts = &rpcjson.ClientOptions{Timeout: 10 * time.Second}
 
 // freeAddr returns an address at which the device is to be reached for all its life.
 func freeAddr(t *testing.T, network string) string {
