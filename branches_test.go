@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -397,6 +398,14 @@ func TestSmallBuffer(t *testing.T) {
 	}
 }
 
+// stride is how far apart the operations are that a sweep strikes.
+func stride() int {
+	if raceEnabled {
+		return 7
+	}
+	return 1
+}
+
 // An update in chunks can be called off at every operation of the flash, reading
 // included. The device is as it was, and can be updated.
 func TestChunksCalledOffAnywhere(t *testing.T) {
@@ -407,13 +416,13 @@ func TestChunksCalledOffAnywhere(t *testing.T) {
 		copy(v2[50*chunk:], random(2, chunk))
 		d := newTarget(t, cfg, ota.Options{BufferSize: 8 << 10})
 		d.fill(0, v1, cfg)
-		for n, done := 0, false; !done; n++ {
+		for n, done := 0, false; !done; n += stride() {
 			d.fill(1, v2[:size/2], cfg)
 			d.open()
 			ctx, cancel := context.WithCancel(t.Context())
-			ops := 0
+			var ops atomic.Int64
 			d.chip.OnOp(func(memflash.Op) {
-				if ops++; ops > n {
+				if ops.Add(1) > int64(n) {
 					cancel()
 				}
 			})
@@ -442,14 +451,14 @@ func TestChunksUnreadable(t *testing.T) {
 	v1 := random(1, size)
 	v2 := slices.Concat(v1[5*chunk:], v1[:5*chunk])
 	good, failed := 0, 0
-	for n, done := 0, false; !done; n++ {
+	for n, done := 0, false; !done; n += stride() {
 		d := newTarget(t, cfg, ota.Options{BufferSize: 8 << 10})
 		d.fill(0, v1, cfg)
 		d.fill(1, v2[:size/2], cfg)
-		reads := 0
+		var reads atomic.Int64
 		failing := func(f ota.Flash) ota.Flash {
 			return wayward{flash{f}, func(p []byte, off int64) (int, error) {
-				if reads++; reads == n+1 {
+				if reads.Add(1) == int64(n+1) {
 					return 0, memflash.ErrFault
 				}
 				return f.ReadAt(p, off)
@@ -468,7 +477,7 @@ func TestChunksUnreadable(t *testing.T) {
 			require.ErrorIs(t, err, memflash.ErrFault, "read %d", n)
 			failed++
 		}
-		done = reads <= n
+		done = reads.Load() <= int64(n)
 	}
 	require.Greater(t, good, 1)
 	require.Positive(t, failed)
