@@ -2,9 +2,11 @@ package bundle_test
 
 import (
 	"bytes"
+	"crypto/sha1"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
-	"hash/crc32"
+	"io"
 	"strings"
 	"testing"
 
@@ -13,84 +15,119 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// entriesOf takes an archive apart that archive.bytes has made.
-func entriesOf(file []byte) (es []entry) {
-	for off := 0; le.Uint32(file[off:]) == 0x04034b50; {
-		n, size := int(le.Uint16(file[off+26:])), int(le.Uint32(file[off+18:]))
-		es = append(es, entry{name: string(file[off+30 : off+30+n]), data: string(file[off+30+n : off+30+n+size])})
-		off += 30 + n + size
-	}
-	return es
-}
-
-// What the manifest says of the index and of stored bytes must be so.
-func TestStoredOtherwise(t *testing.T) {
-	data := string(text(1500, 1))
-	good := entriesOf((&crafted{frames: []string{frame(t, data[:1024]), frame(t, data[1024:])}, size: 1500, window: 1024, frame: 1024, chunk: 512, content: data}).bytes())
-	require.NoError(t, everyWay(t, *lax, (&archive{entries: good}).bytes()))
-	for name, c := range map[string]struct {
-		do  func(es []entry)
-		err error
-	}{
-		"longer index": {func(es []entry) { es[1].data += "x" }, bundle.ErrSize},
-		"other digest of the index": {func(es []entry) {
-			es[0].data = strings.Replace(es[0].data, sum256(es[1].data), sum256("x"), 1)
-		}, ota.ErrDigest},
-		"frames in a deflated entry": {func(es []entry) { both(&es[2], 8, func(off int) func([]byte) { return put16(off, 8) }) }, bundle.ErrMismatch},
-	} {
-		es := append([]entry(nil), good...)
-		c.do(es)
-		require.ErrorIs(t, everyWay(t, *lax, (&archive{entries: es}).bytes()), c.err, name)
-	}
-
-	// The same of a deflated part.
-	whole := string(deflated(t, []byte(data)))
-	deflate := func(stored, sum string) []byte {
-		part := entry{name: "a.bin", data: stored}
-		header := func(off int) func([]byte) {
-			return func(h []byte) {
-				put16(off, 8)(h)
-				put32(off+6, crc32.ChecksumIEEE([]byte(data)))(h)
-				put32(off+14, uint32(len(data)))(h)
-			}
+// storedParts returns the files of r's parts as they are stored in file.
+func storedParts(t *testing.T, r *bundle.Reader, file []byte) map[string]bundle.File {
+	files := map[string]bundle.File{}
+	for _, p := range r.Manifest().Parts {
+		if p.Name == r.Manifest().Index {
+			continue
 		}
-		both(&part, 8, header)
-		manifest := fmt.Sprintf(`{"parts":{"a":{"src":"a.bin","size":%d,"cs_sha256":%q}},"ota":{"format":1,"parts":{"a":{"encoding":"deflate","stored_size":%d,"stored_sha256":%q}}}}`,
-			len(data), sum256(data), len(stored), sum)
-		return (&archive{entries: []entry{{name: "manifest.json", data: manifest}, part}}).bytes()
+		s, err := r.Stored(bytes.NewReader(file), p.Name)
+		require.NoError(t, err)
+		files[p.Src] = s
 	}
-	require.NoError(t, everyWay(t, *lax, deflate(whole, sum256(whole))))
-	require.ErrorIs(t, everyWay(t, *lax, deflate(whole, sum256("x"))), ota.ErrDigest)
-	require.ErrorIs(t, everyWay(t, *lax, deflate(whole+"x", sum256(whole+"x"))), bundle.ErrCorrupt)
+	return files
 }
 
-// A part that is passed over is not in an archive that ends within it.
-func TestPassedOverBeyondTheEnd(t *testing.T) {
-	file := (&crafted{frames: []string{frame(t, string(text(1024, 1)))}, size: 1024, window: 1024, frame: 1024, content: string(text(1024, 1))}).bytes()
-	b, err := lax.OpenRanges(t.Context(), source(file[:bytes.LastIndex(file, []byte("PK\x03\x04"))+100]))
-	for err == nil {
-		_, err = b.Next(t.Context())
-	}
-	require.ErrorIs(t, err, bundle.ErrTruncated)
-}
-
-func TestOpenRangesWithoutPolicy(t *testing.T) {
-	file := pack(t, map[string][]byte{"a": text(100, 1)}, nil, nil)
-	var none *bundle.Policy
-	_, err := none.OpenRanges(t.Context(), source(file))
-	require.ErrorIs(t, err, bundle.ErrPolicy)
-	_, err = (&bundle.Policy{AllowUnsigned: true, Threshold: 3}).OpenRanges(t.Context(), source(file))
-	require.ErrorIs(t, err, bundle.ErrPolicy)
-}
-
-// A member that has a field of its own is not written twice.
-func TestExtraMemberWithAField(t *testing.T) {
-	m := &bundle.Manifest{Name: "n", Platform: "p", Version: "v", Extra: map[string]json.RawMessage{"name": []byte(`"x"`), "more": []byte(`1`)}}
-	m.Parts = []bundle.Part{{Name: "a", Src: "a.bin"}}
-	var w bytes.Buffer
-	require.NoError(t, bundle.Write(t.Context(), &w, m, map[string]bundle.File{"a.bin": bytes.NewReader([]byte("abc"))}, nil))
-	b, err := lax.Open(t.Context(), &w)
+// A bundle made of what another one stores is the same.
+func TestStored(t *testing.T) {
+	file, _ := mixed(t, 512, 2048, 9000, nil)
+	r, err := lax.Verify(t.Context(), bytes.NewReader(file))
 	require.NoError(t, err)
-	require.Equal(t, "n", b.Info().Name)
-	require.JSONEq(t, `1`, string(b.Manifest().Extra["more"]))
+	var again bytes.Buffer
+	require.NoError(t, bundle.Write(t.Context(), &again, r.Manifest(), storedParts(t, r, file), nil))
+	require.True(t, bytes.Equal(file, again.Bytes()))
+
+	// Beside a part that is new, the others stay what they are.
+	m := *r.Manifest()
+	files := storedParts(t, r, file)
+	files["plain.bin"] = strings.NewReader("new")
+	again.Reset()
+	require.NoError(t, bundle.Write(t.Context(), &again, &m, files, nil))
+	b, err := lax.Open(t.Context(), bytes.NewReader(again.Bytes()))
+	require.NoError(t, err)
+	got, err := contentOf(t.Context(), b, 1000, nil)
+	require.NoError(t, err)
+	require.Equal(t, "new", got["plain"])
+	for _, name := range []string{"deflated", "stored", "zstd"} {
+		require.Equal(t, r.Manifest().Part(name), b.Manifest().Part(name))
+		require.Equal(t, string(text(9000, map[string]uint64{"deflated": 1, "stored": 3, "zstd": 4}[name])), got[name])
+	}
+}
+
+// What this package does not know stays with the part, and with the manifest.
+func TestStoredExtra(t *testing.T) {
+	content := text(3000, 1)
+	manifest := `{"parts":{"a":{"src":"a.bin","size":3000,"cs_sha256":"` + sum256(string(content)) + `","x":{"y":[1]}},` +
+		`"ota-index":{"src":"ota.index","size":112,"cs_sha1":"SHA1","cs_sha256":"SUM","update":false}},` +
+		`"ota":{"format":1,"index":"ota-index","parts":{"a":{"chunk":1024,"section_sha256":"SECTION","x-b":"c"}},"x-d":2},"z":null}`
+	index := "OTAINDEX\x01\x00\x00\x00\x01\x00\x00\x00"
+	for off := 0; off < 3000; off += 1024 {
+		sum := sha256.Sum256(content[off:min(off+1024, 3000)])
+		index += string(sum[:])
+	}
+	manifest = strings.NewReplacer("SHA1", fmt.Sprintf("%x", sha1.Sum([]byte(index))), "SUM", sum256(index), "SECTION", sum256(index[16:])).Replace(manifest)
+	require.Len(t, index, 112)
+	file := (&archive{entries: []entry{{name: "manifest.json", data: manifest}, {name: "ota.index", data: index}, {name: "a.bin", data: string(content)}}}).bytes()
+	r, err := lax.Verify(t.Context(), bytes.NewReader(file))
+	require.NoError(t, err)
+	var again bytes.Buffer
+	require.NoError(t, bundle.Write(t.Context(), &again, r.Manifest(), storedParts(t, r, file), nil))
+	b, err := lax.Verify(t.Context(), bytes.NewReader(again.Bytes()))
+	require.NoError(t, err)
+	require.JSONEq(t, string(r.Manifest().Raw()), string(b.Manifest().Raw()))
+	require.Equal(t, map[string]json.RawMessage{"x-b": json.RawMessage(`"c"`)}, b.Manifest().Part("a").Storage.Extra)
+}
+
+func TestStoredRefused(t *testing.T) {
+	file, _ := mixed(t, 512, 2048, 9000, nil)
+	r, err := lax.Open(t.Context(), bytes.NewReader(file))
+	require.NoError(t, err)
+	_, err = r.Stored(bytes.NewReader(file), "zstd")
+	require.ErrorIs(t, err, ota.ErrInvalid, "not read")
+	r, err = lax.Verify(t.Context(), bytes.NewReader(file))
+	require.NoError(t, err)
+	for _, name := range []string{"ota-index", "nope", ""} {
+		_, err = r.Stored(bytes.NewReader(file), name)
+		require.ErrorIs(t, err, bundle.ErrMissing, name)
+	}
+	var bad *bundle.Error
+	require.ErrorAs(t, err, &bad)
+
+	files := storedParts(t, r, file)
+	err = bundle.Write(t.Context(), io.Discard, r.Manifest(), files, &bundle.WriteOptions{Pack: map[string]bundle.Packing{"zstd": {Encoding: bundle.EncodingZstd}}})
+	require.ErrorIs(t, err, bundle.ErrManifest)
+	require.ErrorContains(t, err, "stored already")
+
+	// A bundle that changed meanwhile is found out, wherever.
+	for name, f := range files {
+		s := f.(*bundle.Stored)
+		at := bytes.Index(file, stored(t, s))
+		require.Positive(t, at)
+		other := bytes.Clone(file)
+		other[at+int(s.Size())/2] ^= 1
+		changed, err := r.Stored(bytes.NewReader(other), strings.TrimSuffix(name, ".bin"))
+		require.NoError(t, err)
+		all := storedParts(t, r, file)
+		all[name] = changed
+		require.ErrorIs(t, bundle.Write(t.Context(), io.Discard, r.Manifest(), all, nil), ota.ErrChanged, name)
+		cut, err := r.Stored(bytes.NewReader(file[:at+1]), strings.TrimSuffix(name, ".bin"))
+		require.NoError(t, err)
+		all[name] = cut
+		require.ErrorIs(t, bundle.Write(t.Context(), io.Discard, r.Manifest(), all, nil), ota.ErrChanged, name)
+	}
+
+	// Without a digest of what is stored there is nothing to rely on.
+	old := (&archive{entries: []entry{{name: "manifest.json", data: `{"parts":{"a":{"src":"a","size":1,"cs_sha1":"86f7e437faa5a7fce15d1ddcb9eaeaea377667b8"}}}`}, {name: "a", data: "a"}}}).bytes()
+	r, err = (&bundle.Policy{AllowUnsigned: true, AllowSHA1: true}).Verify(t.Context(), bytes.NewReader(old))
+	require.NoError(t, err)
+	_, err = r.Stored(bytes.NewReader(old), "a")
+	require.ErrorIs(t, err, bundle.ErrNoDigest)
+}
+
+func stored(t *testing.T, f bundle.File) []byte {
+	b := make([]byte, f.Size())
+	_, err := io.ReadFull(io.NewSectionReader(f, 0, f.Size()), b)
+	require.NoError(t, err)
+	return b
 }

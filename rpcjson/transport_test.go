@@ -515,6 +515,21 @@ func TestStreamClientPacing(t *testing.T) {
 	})
 }
 
+// IdleTimeout is for servers.
+func TestStreamClientIdle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newTest(t, newFake(), nil)
+		mine, theirs := net.Pipe()
+		go s.ServeStream(t.Context(), theirs, Peer{}, nil)
+		c := NewClient(NewStreamOf(mine, &StreamOptions{IdleTimeout: time.Second}), nil)
+		defer c.Close()
+		for range 3 {
+			require.NoError(t, c.Call(t.Context(), "RPC.Ping", nil, nil))
+			time.Sleep(time.Hour)
+		}
+	})
+}
+
 // Calls on one stream get their own replies, or the reason why not.
 func TestStreamClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -123,7 +123,7 @@ func (d *Driver) configure(id ota.SlotID, e *Env) error {
 // Capabilities implements [driver.Capable].
 func (d *Driver) Capabilities() driver.Capabilities {
 	return driver.Capabilities{
-		Loader: "EFI Boot Guard", MaxTries: 1,
+		Loader: "EFI Boot Guard", MaxTries: 1, Copies: len(d.c.Slots),
 		OnPanic: driver.Yes, OnHang: driver.Yes, OnUnloadable: driver.Yes,
 		Note: "So it is while the watchdog timeout of the slot is not 0 and the loader knows the machine's watchdog.",
 	}

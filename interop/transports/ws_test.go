@@ -184,7 +184,11 @@ func TestWSPush(t *testing.T) {
 				}
 				return []wsFrame{f}
 			})
-			require.NoError(t, genuinePush(t, genuine(t, "ws://"+addr+"/rpc", 3*time.Second), smallZip, 512))
+			timeout := deadline
+			if name == "lost call" {
+				timeout = 5 * time.Second // to no reply
+			}
+			require.NoError(t, genuinePush(t, genuine(t, "ws://"+addr+"/rpc", timeout), smallZip, 512))
 			require.True(t, done.Load())
 			d.installed()
 		})
