@@ -5,12 +5,16 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/boot/bootrecord"
 	"github.com/slotota/ota/flash/memflash"
 	"github.com/slotota/ota/internal/sim"
 	"github.com/stretchr/testify/require"
@@ -392,4 +396,151 @@ func TestSmallBuffer(t *testing.T) {
 		r.install(2)
 		require.Equal(t, 2, r.Identify(1), g.Name)
 	}
+}
+
+// stride is how far apart the operations are that a sweep strikes.
+func stride() int {
+	if raceEnabled {
+		return 7
+	}
+	return 1
+}
+
+// An update in chunks can be called off at every operation of the flash, reading
+// included. The device is as it was, and can be updated.
+func TestChunksCalledOffAnywhere(t *testing.T) {
+	const size, chunk = 128 << 10, 256 // more chunks than are tried as a sample
+	for _, cfg := range []memflash.Config{{Size: size + 8<<10}, {Size: size + 8<<10, EraseSize: 4 << 10}} {
+		v1 := random(1, size)
+		v2 := slices.Concat(v1[5*chunk:], v1[:5*chunk]) // moved
+		copy(v2[50*chunk:], random(2, chunk))
+		d := newTarget(t, cfg, ota.Options{BufferSize: 8 << 10})
+		d.fill(0, v1, cfg)
+		for n, done := 0, false; !done; n += stride() {
+			d.fill(1, v2[:size/2], cfg)
+			d.open()
+			ctx, cancel := context.WithCancel(t.Context())
+			var ops atomic.Int64
+			d.chip.OnOp(func(memflash.Op) {
+				if ops.Add(1) > int64(n) {
+					cancel()
+				}
+			})
+			_, err := d.dev.Update(ctx, &chunked{content: v2, size: chunk}, nil)
+			cancel()
+			d.chip.OnOp(nil)
+			if done = err == nil; done {
+				require.Greater(t, n, 50)
+				require.NoError(t, d.dev.Revert(t.Context()))
+				break
+			}
+			require.ErrorIs(t, err, context.Canceled, "operation %d", n)
+			s, err := d.dev.BootState(t.Context())
+			require.NoError(t, err)
+			require.True(t, s.Committed && s.Active == 0, "operation %d: %+v", n, s)
+		}
+		d.update(&chunked{content: v2, size: chunk})
+	}
+}
+
+// Where chunks cannot be read they are fetched, or the update fails; what is
+// installed is right in any case.
+func TestChunksUnreadable(t *testing.T) {
+	const size, chunk = 128 << 10, 256 // more chunks than are tried as a sample
+	cfg := memflash.Config{Size: size}
+	v1 := random(1, size)
+	v2 := slices.Concat(v1[5*chunk:], v1[:5*chunk])
+	good, failed := 0, 0
+	for n, done := 0, false; !done; n += stride() {
+		d := newTarget(t, cfg, ota.Options{BufferSize: 8 << 10})
+		d.fill(0, v1, cfg)
+		d.fill(1, v2[:size/2], cfg)
+		var reads atomic.Int64
+		failing := func(f ota.Flash) ota.Flash {
+			return wayward{flash{f}, func(p []byte, off int64) (int, error) {
+				if reads.Add(1) == int64(n+1) {
+					return 0, memflash.ErrFault
+				}
+				return f.ReadAt(p, off)
+			}, f.WriteAt}
+		}
+		f := d.chip.Flashes()
+		record, err := bootrecord.New(f[2:], &bootrecord.Options{Running: func(context.Context) (ota.SlotID, error) { return 0, nil }})
+		require.NoError(t, err)
+		d.dev, err = ota.Open(t.Context(), record, []ota.Slot{
+			{Parts: []ota.Part{{Name: "app", Flash: failing(f[0])}}}, {Parts: []ota.Part{{Name: "app", Flash: failing(f[1])}}},
+		}, &d.o)
+		require.NoError(t, err)
+		if _, err = d.try(&chunked{content: v2, size: chunk}); err == nil {
+			good++
+		} else {
+			require.ErrorIs(t, err, memflash.ErrFault, "read %d", n)
+			failed++
+		}
+		done = reads.Load() <= int64(n)
+	}
+	require.Greater(t, good, 1)
+	require.Positive(t, failed)
+}
+
+// unselectable is data that nothing can be selected from, though it says so.
+type unselectable struct{ io.Reader }
+
+func (unselectable) Select([]ota.Range) error { return errCut }
+
+// Data of a part that is in place and cannot be passed over fail the update.
+func TestCannotPassOver(t *testing.T) {
+	d := newTarget(t, memflash.Config{Size: 8 << 10}, ota.Options{})
+	img := func() *chunked { return &chunked{content: random(1, 8<<10), size: 1 << 10} }
+	d.update(img())
+	_, err := d.dev.Update(t.Context(), &wrapped{img(), func(_ context.Context, r io.Reader) io.Reader { return unselectable{r} }}, nil)
+	require.ErrorIs(t, err, errCut)
+}
+
+// oversized says that its erase units are small, and has a large one.
+type oversized struct{ plainEraser }
+
+func (f oversized) EraseUnit(int64) (start, n int64) { return 0, f.Size() }
+
+func TestEraseUnitsContradictEraseSize(t *testing.T) {
+	for _, chunk := range []int64{0, 1 << 10} {
+		cfg := memflash.Config{Size: 64 << 10, EraseSize: 4 << 10}
+		d := newTarget(t, cfg, ota.Options{BufferSize: 8 << 10})
+		d.wrap = func(f ota.Flash) ota.Flash { return oversized{plainEraser{flash{f}, f.(ota.Eraser), 4 << 10}} }
+		d.open()
+		_, err := d.dev.Update(t.Context(), &chunked{content: random(1, 20<<10), size: chunk}, nil)
+		require.ErrorIs(t, err, ota.ErrInvalid)
+	}
+}
+
+// A region of a medium that is written in sequence is, too.
+func TestRegionWritesInSequence(t *testing.T) {
+	f := memflash.New(memflash.Config{Size: 8 << 10})
+	for want, f := range map[bool]ota.Flash{false: f, true: &inSequence{spy: &spy{f, func([]byte, int64) {}}}} {
+		r, err := ota.Region(f, 0, 4<<10)
+		require.NoError(t, err)
+		require.Equal(t, want, r.(ota.SequentialWriter).WritesInSequence())
+	}
+}
+
+// mad is a watchdog that cannot be called off.
+type mad struct{ *dog }
+
+func (mad) Disarm(context.Context) error { return errors.New("no way out") }
+func (mad) Close() error                 { return errors.New("stuck") }
+
+// A commit counts also if the watchdog cannot be called off; that is logged.
+func TestWatchdogCannotBeDisarmed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		r, resets := onTrial(t, 0, ota.Options{
+			Logger:   slog.New(slog.NewTextHandler(&log, nil)),
+			Watchdog: func(context.Context) (ota.Watchdog, error) { return mad{&dog{timeout: time.Minute}}, nil },
+		})
+		require.NoError(t, r.dev.Watch(t.Context()))
+		require.True(t, r.stored().Committed)
+		require.Zero(t, *resets)
+		require.Contains(t, log.String(), "no way out")
+		require.Contains(t, log.String(), "stuck")
+	})
 }

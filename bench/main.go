@@ -81,6 +81,7 @@ var rows = []struct {
 	{"same", same},
 	{"resume", resume},
 	{"nor", nor},
+	{"create", create},
 }
 
 // bench is the surroundings of all rows.

@@ -205,12 +205,14 @@ func (b *writer) frames(w io.Writer, src io.Reader, size int64, st *Storage, k P
 		free[i] = &encoded{in: make([]byte, min(st.Frame, size)), done: make(chan struct{}, 1)}
 		if i > 0 {
 			wg.Go(func() {
+				var last uniform
 				for e := range jobs {
-					e.encode(z, st.Chunk)
+					e.encode(z, st.Chunk, &last)
 				}
 			})
 		}
 	}
+	var last uniform
 	pending := make([]*encoded, 0, n)
 	h := sha256.New()
 	for left := size; left > 0 || len(pending) > 0; {
@@ -223,7 +225,7 @@ func (b *writer) frames(w io.Writer, src io.Reader, size int64, st *Storage, k P
 			}
 			left -= int64(len(e.in))
 			if pending = append(pending, e); n == 1 {
-				e.encode(z, st.Chunk)
+				e.encode(z, st.Chunk, &last)
 			} else {
 				jobs <- e // has room for all
 			}
@@ -245,7 +247,20 @@ func (b *writer) frames(w io.Writer, src io.Reader, size int64, st *Storage, k P
 	return nil
 }
 
-func (e *encoded) encode(z *zstd.Encoder, chunk int64) {
+// uniform is what became of the last frame whose bytes are all the same: of an image
+// of a file system, what is free.
+type uniform struct {
+	b, n int // the byte and how many there are; n is 0 if there was none
+	encoded
+}
+
+func (e *encoded) encode(z *zstd.Encoder, chunk int64, last *uniform) {
+	defer func() { e.done <- struct{}{} }()
+	same := bytes.Equal(e.in[1:], e.in[:len(e.in)-1])
+	if same && last.n == len(e.in) && last.b == int(e.in[0]) {
+		e.out, e.sum, e.chunks = append(e.out[:0], last.out...), last.sum, append(e.chunks[:0], last.chunks...)
+		return
+	}
 	if len(e.in) < 256 {
 		e.out = rawFrame(e.out[:0], e.in)
 	} else {
@@ -258,7 +273,10 @@ func (e *encoded) encode(z *zstd.Encoder, chunk int64) {
 		e.chunks = append(e.chunks, sha256.Sum256(b[:n]))
 		b = b[n:]
 	}
-	e.done <- struct{}{}
+	if same {
+		last.b, last.n = int(e.in[0]), len(e.in)
+		last.out, last.sum, last.chunks = append(last.out[:0], e.out...), e.sum, append(last.chunks[:0], e.chunks...)
+	}
 }
 
 // rawFrame appends a frame that has the content b, of less than 256 bytes, as it

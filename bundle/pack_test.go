@@ -434,6 +434,39 @@ func TestResignPacked(t *testing.T) {
 	require.Equal(t, string(parts["zstd"]), got["zstd"])
 }
 
+// Frames whose bytes are all the same are compressed once, and are what they would be
+// if each were.
+func TestUniformFrames(t *testing.T) {
+	const frame, chunk = 2048, 512
+	var all []byte
+	for i, b := range []byte{0, 0, 255, 0, 1, 255, 255, 0, 0, 1} {
+		all = append(all, bytes.Repeat([]byte{b}, frame)...)
+		if i%3 == 2 {
+			all = append(all, text(frame, uint64(i))...)
+		}
+	}
+	all = append(all, make([]byte, 700)...) // the last one is shorter, but not other
+	k := map[string]bundle.Packing{"a": {Encoding: bundle.EncodingZstd, Frame: frame, Chunk: chunk}}
+	file := pack(t, map[string][]byte{"a": all}, k, &bundle.WriteOptions{Workers: 1})
+	for _, workers := range []int{2, 5} {
+		require.True(t, bytes.Equal(file, pack(t, map[string][]byte{"a": all}, k, &bundle.WriteOptions{Workers: workers})), workers)
+	}
+	r, err := lax.Open(t.Context(), bytes.NewReader(file))
+	require.NoError(t, err)
+	got, err := contentOf(t.Context(), r, 1000, nil) // checks the chunks
+	require.NoError(t, err)
+	require.True(t, string(all) == got["a"])
+	for off := 0; off < len(all); off += frame {
+		piece := all[off:min(off+frame, len(all))]
+		alone := pack(t, map[string][]byte{"a": piece}, k, nil)
+		r, err := lax.Verify(t.Context(), bytes.NewReader(alone))
+		require.NoError(t, err)
+		s, err := r.Stored(bytes.NewReader(alone), "a")
+		require.NoError(t, err)
+		require.True(t, bytes.Contains(file, stored(t, s)), "frame at %d", off)
+	}
+}
+
 // A bundle can be made again from what was read of it.
 func TestRepack(t *testing.T) {
 	file, parts := mixed(t, 512, 2048, 9000, nil)

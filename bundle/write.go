@@ -9,8 +9,10 @@ import (
 	"crypto/sha1"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"hash"
 	"hash/crc32"
 	"io"
 	"math"
@@ -76,8 +78,9 @@ const (
 // Write writes the bundle that m describes to w: the manifest, the index if
 // there is one, then the files of the parts, in their order. files maps Src of
 // every part that has one to its content. Size, SHA1, SHA256 and Storage of
-// these parts are computed, and so is the part of the index; those in m are
-// neither used nor changed. Fill parts are written without digests.
+// these parts are computed, or copied if the file is a [*Stored], and so is the
+// part of the index; those in m are neither used nor changed. Fill parts are
+// written without digests.
 //
 // The result depends on the arguments alone, and is laid out as by mos
 // create-fw-bundle (mongoose-os/mos, common/ourzip): sizes in the local headers,
@@ -153,6 +156,7 @@ type item struct {
 	entry
 	data    []byte // what is stored, if not nil
 	file    File
+	stored  *Stored // if file is one
 	sums    sums
 	packing Packing
 	storage *Storage // nil if file is stored as it is
@@ -186,6 +190,14 @@ func (b *writer) measure(m *Manifest, files map[string]File, pack map[string]Pac
 			return nil, &Error{Entry: p.Src, Off: -1, Err: ErrMissing}
 		}
 		used[p.Src] = true
+		if st, ok := f.(*Stored); ok {
+			if _, ok := pack[p.Name]; ok {
+				return nil, &Error{Entry: p.Src, Off: -1, Err: because(ErrManifest, "part %s is stored already", ota.Quote(p.Name))}
+			}
+			b.items = append(b.items, st.item(p))
+			b.compressed = b.compressed || st.compressed()
+			continue
+		}
 		e := item{entry: entry{name: p.Src}, file: f, packing: pack[p.Name], storage: pack[p.Name].storage(f.Size()), kept: -1}
 		if err := b.measureOne(p, &e); err != nil {
 			return nil, err
@@ -294,6 +306,10 @@ func (b *writer) content(e *item) error {
 	if e.data != nil {
 		return b.write(e.data)
 	}
+	if e.stored != nil {
+		want := e.stored.digest()
+		return b.copied(e, e.stored, 0, sha256.New(), want[:])
+	}
 	if e.kept < 0 {
 		s, err := b.pass(b.w, e)
 		if err == nil && (s.digest != e.sums.digest || s.stored != e.packed || s.sha256 != e.sums.sha256) {
@@ -301,10 +317,14 @@ func (b *writer) content(e *item) error {
 		}
 		return err
 	}
-	crc := crc32.NewIEEE()
-	src := &source{ctx: b.ctx, r: io.NewSectionReader(b.scratch, e.kept, e.packed)}
-	n, err := io.CopyBuffer(io.MultiWriter(b.w, crc), src, make([]byte, 256<<10))
-	if err == nil && (n != e.packed || crc.Sum32() != e.sums.kept) {
+	return b.copied(e, b.scratch, e.kept, crc32.NewIEEE(), binary.BigEndian.AppendUint32(nil, e.sums.kept))
+}
+
+// copied writes what e stores, which is at off in from and has the checksum sum.
+func (b *writer) copied(e *item, from io.ReaderAt, off int64, h hash.Hash, sum []byte) error {
+	src := &source{ctx: b.ctx, r: io.NewSectionReader(from, off, e.packed)}
+	n, err := io.CopyBuffer(io.MultiWriter(b.w, h), src, make([]byte, 256<<10))
+	if err == nil && (n != e.packed || !bytes.Equal(h.Sum(nil), sum)) {
 		err = ota.ErrChanged
 	}
 	if err != nil {

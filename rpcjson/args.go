@@ -213,6 +213,12 @@ func (a *Args) Token(name string) (raw []byte, isString, given bool) {
 
 // Bytes returns the bytes of a string in base64, standard alphabet with padding.
 func (a *Args) Bytes(name string) (v []byte, given bool) {
+	return a.decode(name, func(n int) []byte { return make([]byte, 0, n) })
+}
+
+// decode is Bytes with the memory that room returns, which is of the given
+// capacity, for what is decoded.
+func (a *Args) decode(name string, room func(n int) []byte) (v []byte, given bool) {
 	t := a.find(name)
 	if t.kind == kindNone || t.kind == kindNull {
 		return nil, false
@@ -220,9 +226,9 @@ func (a *Args) Bytes(name string) (v []byte, given bool) {
 	if t.kind == kindString {
 		text := bytes.TrimRight(unescape(t.raw), "\r\n")
 		if bytes.IndexByte(text, '\n') < 0 && bytes.IndexByte(text, '\r') < 0 {
-			v = make([]byte, base64.StdEncoding.DecodedLen(len(text)))
-			if n, err := base64.StdEncoding.Strict().Decode(v, text); err == nil {
-				return v[:n], true
+			v = room(base64.StdEncoding.DecodedLen(len(text)))
+			if v, err := base64.StdEncoding.Strict().AppendDecode(v[:0], text); err == nil {
+				return v, true
 			}
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -41,7 +42,8 @@ type Channel interface {
 	// RoundTrip sends a request frame, which ends in a newline, and returns the
 	// reply to it, of at most max bytes. An error of type *Error comes from the
 	// device, or from what stands in front of it; any other one means that there
-	// was no reply. A reply that is too long wraps ota.ErrTooLarge.
+	// was no reply. A reply that is too long wraps ota.ErrTooLarge. The frame must
+	// not be changed, nor kept after the return.
 	RoundTrip(ctx context.Context, frame []byte, max int) (reply []byte, err error)
 	Close() error
 }
@@ -183,7 +185,21 @@ func (c *Client) Call(ctx context.Context, method string, params, result any) er
 
 // call is Call without a time limit of its own.
 func (c *Client) call(ctx context.Context, method string, params, result any) error {
-	raw, err := c.authenticated(ctx, method, params)
+	var enc func([]byte) ([]byte, error)
+	if params != nil {
+		enc = func(b []byte) ([]byte, error) { return appendJSON(b, params) }
+	}
+	req, err := c.request(nil, method, enc)
+	if err != nil {
+		return fmt.Errorf("rpcjson: %s: parameters: %w: %w", printable(method), err, ota.ErrInvalid)
+	}
+	return c.do(ctx, req, result)
+}
+
+// do sends a request and decodes the result.
+func (c *Client) do(ctx context.Context, req *request, result any) error {
+	method := req.method
+	raw, err := c.authenticated(ctx, req)
 	if err == nil && result != nil && len(raw) > 0 {
 		if err = json.Unmarshal(raw, result); err != nil {
 			err = fmt.Errorf("%w: result: %w", ErrBadReply, err)
@@ -205,40 +221,25 @@ func (c *Client) call(ctx context.Context, method string, params, result any) er
 // instead of sending the frame twice.
 const bigFrame = 1 << 10
 
-// authenticated calls a method, and again with a digest if the device asks for one.
-func (c *Client) authenticated(ctx context.Context, method string, params any) (json.RawMessage, error) {
-	// The largest id that every client and device takes for a number.
-	req := request{Src: "ota", ID: rand.Int64N(1<<40) + 1<<40, Method: method, Params: params}
-	if a, ok := c.ch.(Addresser); ok {
-		req.Src, req.Dst = a.Addresses()
-	}
-	if c.o.CompatArgs {
-		req.Params, req.Args = nil, params
-	}
-	frame, err := req.encode()
-	if err != nil {
-		return nil, err
-	}
-	if c.asks.Load() && len(frame) > bigFrame {
-		ping := request{Src: req.Src, Dst: req.Dst, ID: rand.Int64N(1<<40) + 1<<40, Method: "RPC.Ping"}
-		b, err := ping.encode()
+// authenticated sends a request, and again with a digest if the device asks for one.
+func (c *Client) authenticated(ctx context.Context, req *request) (json.RawMessage, error) {
+	var auth *frameAuth
+	if c.asks.Load() && len(req.frame) > bigFrame {
+		ping, err := c.request(nil, "RPC.Ping", nil)
 		if err != nil {
 			return nil, err
 		}
-		_, err = c.roundTrip(ctx, b, ping.ID)
-		req.Auth = c.prove(err)
+		_, err = c.roundTrip(ctx, ping.end(nil), ping.id)
+		auth = c.prove(err)
 	}
-	if req.Auth == nil {
-		raw, err := c.roundTrip(ctx, frame, req.ID)
-		if req.Auth = c.prove(err); req.Auth == nil {
+	if auth == nil {
+		raw, err := c.roundTrip(ctx, req.end(nil), req.id)
+		if auth = c.prove(err); auth == nil {
 			return raw, err
 		}
 		c.asks.Store(true)
 	}
-	if frame, err = req.encode(); err != nil {
-		return nil, err
-	}
-	return c.roundTrip(ctx, frame, req.ID)
+	return c.roundTrip(ctx, req.end(auth), req.id)
 }
 
 // roundTrip sends the frame of the call id and returns the result in its reply.
@@ -295,25 +296,64 @@ func (c *Client) prove(err error) *frameAuth {
 	}
 }
 
-// request is a frame with its members in the order of mos.
+// request is a call to be sent.
 type request struct {
-	Src    string     `json:"src"`
-	Dst    string     `json:"dst,omitempty"`
-	ID     int64      `json:"id"`
-	Method string     `json:"method"`
-	Params any        `json:"params,omitempty"`
-	Auth   *frameAuth `json:"auth,omitempty"`
-	Args   any        `json:"args,omitempty"`
+	id     int64
+	method string
+	frame  []byte // with its members in the order of mos, up to where auth goes
 }
 
-func (r *request) encode() ([]byte, error) {
-	var b bytes.Buffer
-	e := json.NewEncoder(&b)
-	e.SetEscapeHTML(false) // old devices do not resolve escapes in URLs
-	if err := e.Encode(r); err != nil {
-		return nil, fmt.Errorf("parameters: %w: %w", err, ota.ErrInvalid)
+// request makes a request in the memory of buf. params, if not nil, appends the
+// parameters.
+func (c *Client) request(buf []byte, method string, params func([]byte) ([]byte, error)) (*request, error) {
+	src, dst := "ota", ""
+	if a, ok := c.ch.(Addresser); ok {
+		src, dst = a.Addresses()
 	}
-	return b.Bytes(), nil
+	// The largest id that every client and device takes for a number.
+	r := &request{id: rand.Int64N(1<<40) + 1<<40, method: method}
+	b := appendText(append(buf[:0], `{"src":`...), src)
+	if dst != "" {
+		b = appendText(append(b, `,"dst":`...), dst)
+	}
+	b = strconv.AppendInt(append(b, `,"id":`...), r.id, 10)
+	b = appendText(append(b, `,"method":`...), method)
+	var err error
+	if params != nil {
+		name := `,"params":`
+		if c.o.CompatArgs {
+			name = `,"args":`
+		}
+		b, err = params(append(b, name...))
+	}
+	r.frame = b
+	return r, err
+}
+
+// end returns the whole frame. It may use the memory of r.frame.
+func (r *request) end(auth *frameAuth) []byte {
+	b := r.frame
+	if auth != nil {
+		b, _ = appendJSON(append(b, `,"auth":`...), auth) // has nothing that can fail
+	}
+	return append(b, "}\n"...)
+}
+
+// appendJSON appends the JSON text of v.
+func appendJSON(b []byte, v any) ([]byte, error) {
+	w := bytes.NewBuffer(b)
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false) // old devices do not resolve escapes in URLs
+	if err := e.Encode(v); err != nil {
+		return b, err
+	}
+	return bytes.TrimSuffix(w.Bytes(), []byte("\n")), nil
+}
+
+// appendText appends a JSON string, in which devices do not resolve escapes either.
+func appendText(b []byte, s string) []byte {
+	b, _ = appendJSON(b, s) // a string cannot fail
+	return b
 }
 
 // parseReply returns the result in a reply to the call id.
@@ -391,6 +431,9 @@ func (l *headerLogin) challenged(h http.Header) bool {
 	return best.nonce != ""
 }
 
+// writeBuffer holds a request with a chunk of 64 KiB, which then goes out at once.
+const writeBuffer = 96 << 10
+
 func newHTTPChannel(u *url.URL, o *ClientOptions) (*httpChannel, error) {
 	if o.Token != "" && o.User != "" {
 		return nil, errors.New("both a token and a user")
@@ -398,6 +441,7 @@ func newHTTPChannel(u *url.URL, o *ClientOptions) (*httpChannel, error) {
 	dialer := &net.Dialer{Timeout: 10 * time.Second}
 	t := &http.Transport{
 		DialContext:         dialer.DialContext,
+		WriteBufferSize:     writeBuffer,
 		TLSHandshakeTimeout: 15 * time.Second,
 		IdleConnTimeout:     5 * time.Second, // devices have few connections
 		DisableCompression:  true,
@@ -442,12 +486,14 @@ func (h *httpChannel) Close() error {
 }
 
 func (h *httpChannel) RoundTrip(ctx context.Context, frame []byte, max int) ([]byte, error) {
-	res, err := h.post(ctx, frame)
+	body := &lentFrame{b: frame}
+	defer body.takeBack()
+	res, err := h.post(ctx, body)
 	if err == nil && res.StatusCode == http.StatusUnauthorized && h.login != nil && h.login.challenged(res.Header) {
 		// At the first call, and when the nonce has become too old.
 		_, _ = io.Copy(io.Discard, io.LimitReader(res.Body, maxAuthHeader)) // to use the connection again
 		res.Body.Close()
-		res, err = h.post(ctx, frame)
+		res, err = h.post(ctx, body)
 	}
 	if err != nil {
 		var ue *url.Error
@@ -476,12 +522,51 @@ func (h *httpChannel) RoundTrip(ctx context.Context, frame []byte, max int) ([]b
 	return nil, e
 }
 
+// lentFrame is a frame that a transport reads. That may go on, for a body that
+// nobody wants, when the exchange is over and the frame is its owner's again.
+type lentFrame struct {
+	mu sync.Mutex
+	b  []byte // nil when it was taken back
+}
+
+func (f *lentFrame) takeBack() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.b = nil
+}
+
+// lentReader reads a lentFrame from its beginning.
+type lentReader struct {
+	f   *lentFrame
+	off int
+}
+
+// Read implements io.Reader.
+func (r *lentReader) Read(p []byte) (int, error) {
+	r.f.mu.Lock()
+	defer r.f.mu.Unlock()
+	switch {
+	case r.f.b == nil:
+		return 0, errors.New("the exchange is over")
+	case r.off == len(r.f.b):
+		return 0, io.EOF
+	}
+	n := copy(p, r.f.b[r.off:])
+	r.off += n
+	return n, nil
+}
+
+// Close implements io.Closer.
+func (r *lentReader) Close() error { return nil }
+
 // post sends a frame once.
-func (h *httpChannel) post(ctx context.Context, frame []byte) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, h.url, bytes.NewReader(frame))
+func (h *httpChannel) post(ctx context.Context, body *lentFrame) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, h.url, &lentReader{f: body})
 	if err != nil {
 		return nil, err
 	}
+	req.ContentLength = int64(len(body.b))
+	req.GetBody = func() (io.ReadCloser, error) { return &lentReader{f: body}, nil } // if an idle connection turns out closed
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("Connection", "keep-alive") // devices close otherwise
 	req.Header.Set("User-Agent", "ota")

@@ -102,12 +102,12 @@ type Stream struct {
 	wg      sync.WaitGroup
 
 	mu     sync.Mutex
-	link   *link // nil without connection
+	link   *streamLink // nil without connection
 	closed bool
 }
 
-// link is one connection of a Stream.
-type link struct {
+// streamLink is one connection of a Stream.
+type streamLink struct {
 	*stream
 	callTable
 	lost   chan struct{} // closed at its end; then valid:
@@ -183,7 +183,7 @@ func (s *Stream) Close() error {
 }
 
 // connected returns the connection, a new one if there is none.
-func (s *Stream) connected(ctx context.Context) (*link, error) {
+func (s *Stream) connected(ctx context.Context) (*streamLink, error) {
 	select {
 	case s.dialing <- struct{}{}:
 		defer func() { <-s.dialing }()
@@ -207,7 +207,7 @@ func (s *Stream) connected(ctx context.Context) (*link, error) {
 	if err != nil {
 		return nil, err
 	}
-	l = &link{stream: newStream(rwc, s.o), lost: make(chan struct{}), shaken: make(chan struct{}, 1)}
+	l = &streamLink{stream: newStream(rwc, s.o), lost: make(chan struct{}), shaken: make(chan struct{}, 1)}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -220,7 +220,7 @@ func (s *Stream) connected(ctx context.Context) (*link, error) {
 }
 
 // run receives until the stream ends.
-func (l *link) run() {
+func (l *streamLink) run() {
 	err := l.read(&decoder{max: l.o.MaxFrame, strict: true, emit: l.item}, nil)
 	if err == nil {
 		err = io.ErrUnexpectedEOF
@@ -230,7 +230,7 @@ func (l *link) run() {
 	close(l.lost)
 }
 
-func (l *link) item(it item, b []byte) {
+func (l *streamLink) item(it item, b []byte) {
 	switch it {
 	case itemXON, itemXOFF:
 		l.flow(it == itemXON)
@@ -255,7 +255,7 @@ func (l *link) item(it item, b []byte) {
 }
 
 // shake waits until the device answers a handshake, unless it is known to listen.
-func (l *link) shake(ctx context.Context) error {
+func (l *streamLink) shake(ctx context.Context) error {
 	l.mu.Lock()
 	done := l.sync
 	l.mu.Unlock()

@@ -46,6 +46,7 @@ type frame struct {
 	tag      string
 	method   string // "" = response
 	params   token
+	args     []argument // the members of params, see maxRemembered; nil if it has none
 	auth     []byte
 	// paramsErr says that the parameters are damaged: the device of the
 	// original would run the method without them. broken says that the frame
@@ -61,7 +62,9 @@ func parseFrame(b []byte, depth int) (frame, error) {
 	var f frame
 	var known, badID bool
 	var params, args token
-	err := members(b, depth, func(key []byte, v token) {
+	var argsOfArgs, inner []argument
+	s := scanner{b: b, depth: depth}
+	err := s.object(func(key []byte, v token) {
 		k := true
 		switch string(key) {
 		case "id":
@@ -76,9 +79,9 @@ func parseFrame(b []byte, depth int) (frame, error) {
 		case "method":
 			f.method = v.text()
 		case "params":
-			params = v
+			params, f.args, inner = v, inner, nil
 		case "args":
-			args = v
+			args, argsOfArgs, inner = v, inner, nil
 		case "auth":
 			f.auth = v.raw
 		case "v":
@@ -88,9 +91,14 @@ func parseFrame(b []byte, depth int) (frame, error) {
 			k = false
 		}
 		known = known || k
+		inner = inner[:0]
+	}, func(key []byte, v token) {
+		if len(inner) <= maxRemembered {
+			inner = append(inner, argument{key, v})
+		}
 	})
 	if f.params = params; params.kind == kindNone {
-		f.params = args
+		f.params, f.args = args, argsOfArgs
 	}
 	var me *memberError
 	switch {

@@ -6,7 +6,10 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
 	"math"
+	"net/http"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -455,4 +458,63 @@ func FuzzFrame(f *testing.F) {
 		}
 		require.Less(t, time.Since(start), 5*time.Second)
 	})
+}
+
+// The arguments that are found while a frame is read are those that a second look
+// finds.
+func TestFrameArgs(t *testing.T) {
+	many := "{"
+	for i := range 2 * maxRemembered {
+		many += fmt.Sprintf(`"k%d":%d,`, i, i)
+	}
+	for _, params := range []string{
+		`{"a":1,"b":{"a":2},"c":[{"a":3}],"a":"x"}`, `{}`, `[]`, `5`, `null`, `{a:1 b:2}`, many + `"k0":"last"}`,
+	} {
+		for _, frame := range []string{
+			`{"auth":{"a":7},"method":"m","params":` + params + `}`, `{"args":{"a":7},"method":"m","params":` + params + `,"auth":{"b":7}}`,
+			`{"params":{"a":7},"params":` + params + `,"method":"m","args":{"b":7}}`, `{"method":"m","args":` + params + `,"v":{"b":7}}`,
+		} {
+			f, err := parseFrame([]byte(frame), 10)
+			require.NoError(t, err)
+			require.Equal(t, params, string(f.params.raw), frame)
+			once := Args{tok: f.params, depth: 10, all: f.args, scanned: f.args != nil}
+			again := Args{tok: f.params, depth: 10}
+			for _, name := range []string{"a", "b", "c", "k0", "k31", "x"} {
+				require.Equal(t, again.find(name), once.find(name), "%s %s", frame, name)
+			}
+			require.Equal(t, again.Err(), once.Err())
+		}
+	}
+}
+
+// After an exchange its frame is the caller's again, even if the transport goes on
+// reading it, which it may do from the beginning.
+func TestLentFrame(t *testing.T) {
+	frame := []byte("a frame")
+	h := &httpChannel{url: "http://127.0.0.1/rpc", client: &http.Client{}}
+	bodies := make(chan io.ReadCloser, 2)
+	h.client.Transport = roundTrip(func(r *http.Request) *http.Response {
+		require.EqualValues(t, len(frame), r.ContentLength)
+		again, err := r.GetBody()
+		require.NoError(t, err)
+		b := make([]byte, 3)
+		_, err = io.ReadFull(r.Body, b)
+		require.NoError(t, err)
+		require.Equal(t, "a f", string(b))
+		all, err := io.ReadAll(again)
+		require.NoError(t, err)
+		require.Equal(t, "a frame", string(all))
+		bodies <- r.Body
+		bodies <- again
+		return &http.Response{StatusCode: 200, Body: io.NopCloser(strings.NewReader("reply"))}
+	})
+	reply, err := h.RoundTrip(t.Context(), frame, 100)
+	require.NoError(t, err)
+	require.Equal(t, "reply", string(reply))
+	copy(frame, "another")
+	for range 2 {
+		b, err := io.ReadAll(<-bodies)
+		require.ErrorContains(t, err, "over")
+		require.Empty(t, b)
+	}
 }

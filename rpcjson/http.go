@@ -183,6 +183,7 @@ func (s *Server) servePost(w http.ResponseWriter, r *http.Request, name string) 
 		return
 	}
 	body, e := s.readBody(w, r)
+	defer func() { s.bodies.Put(body) }()
 	if e != nil {
 		s.answerError(w, e.Code, e)
 		return
@@ -353,7 +354,7 @@ func (s *Server) readBody(w http.ResponseWriter, r *http.Request) ([]byte, *Erro
 		w.Header().Set("Retry-After", "1")
 		return nil, errorf(503, "%s", errOverflow.Message)
 	}
-	b := make([]byte, 0, max(512, r.ContentLength+1))
+	b := s.bodies.Get(int(max(512, r.ContentLength+1))) // within limit
 	for {
 		n, err := r.Body.Read(b[len(b):min(int64(cap(b)), limit+1)])
 		b = b[:len(b)+n]

@@ -2,11 +2,13 @@ package rpcjson
 
 import (
 	"context"
-	"crypto/sha256"
+	"hash/maphash"
 	"io"
 	"math"
 	"sync"
 	"time"
+
+	"github.com/slotota/ota/internal/link"
 )
 
 // push is a session of OTA.Begin, OTA.Write and OTA.End: a pipe from the calls to
@@ -14,7 +16,10 @@ import (
 // the result can be asked for again.
 type push struct {
 	update
+	owner *owner
 	begin begin
+	seed  maphash.Seed
+	spare *link.Buffers   // for data
 	ctx   context.Context // of the update; set before it reads
 	queue chan *chunk     // to the reader; never holds more than one
 	eof   chan struct{}   // closed by OTA.End
@@ -37,8 +42,9 @@ type begin struct {
 type chunk struct {
 	off  int64
 	size int
-	sum  [sha256.Size]byte
-	rest []byte        // not yet read
+	sum  uint64        // of its data, to know it if it comes again
+	data []byte        // until it has been read
+	rest []byte        // of data, not yet read
 	done chan struct{} // closed when the update has consumed it
 }
 
@@ -50,7 +56,8 @@ func (p *push) Read(b []byte) (int, error) {
 	for p.cur == nil || len(p.cur.rest) == 0 {
 		if p.cur != nil {
 			// The update wants more, so it is done with this one.
-			p.cur.rest = nil // it is remembered, its data need not be
+			p.spare.Put(p.cur.data)
+			p.cur.data, p.cur.rest = nil, nil // it is remembered, its data need not be
 			close(p.cur.done)
 			p.cur = nil
 		}
@@ -115,10 +122,17 @@ func (s *Server) otaBegin(_ context.Context, r *Request) (any, error) {
 	}
 	b := begin{stall, o.CommitTimeout}
 	if p := s.session(); p != nil && p.begin == b && p.size.Load() == size && !p.over() && p.fresh() {
-		return nil, nil // the reply to the first one was lost
+		leave, err := s.enter(p, r)
+		if err == nil {
+			leave()
+		}
+		return nil, err // nil: the reply to the first one was lost
 	}
 	p := &push{
+		owner: newOwner(r),
 		begin: b,
+		seed:  maphash.MakeSeed(),
+		spare: &s.chunks,
 		queue: make(chan *chunk, 1),
 		eof:   make(chan struct{}),
 	}
@@ -155,7 +169,12 @@ func (s *Server) otaWrite(ctx context.Context, r *Request) (any, error) {
 	if p.over() && p.code != resultOK {
 		return nil, p.failure(-1)
 	}
-	data, given := r.Args.Bytes("data")
+	leave, err := s.enter(p, r)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	data, given := r.Args.decode("data", p.spare.Get)
 	if r.Args.Err() == nil && !given {
 		return nil, errorf(-1, "Data required")
 	}
@@ -166,7 +185,10 @@ func (s *Server) otaWrite(ctx context.Context, r *Request) (any, error) {
 	if err := r.Args.Err(); err != nil {
 		return nil, err
 	}
-	c, err := p.accept(off, data)
+	c, mine, err := p.accept(off, data)
+	if !mine {
+		p.spare.Put(data)
+	}
 	if err != nil || c == nil {
 		return nil, err
 	}
@@ -188,42 +210,49 @@ func (s *Server) otaWrite(ctx context.Context, r *Request) (any, error) {
 	return nil, p.failure(p.code)
 }
 
-// accept hands data to the update and returns the chunk to wait for: a new one,
-// or the one that data repeats; nil if there is nothing to wait for.
-func (p *push) accept(off int64, data []byte) (*chunk, error) {
-	sum := sha256.Sum256(data)
+// accept hands data to the update, which then owns it, and returns the chunk to
+// wait for: a new one, or the one that data repeats; nil if there is nothing to
+// wait for.
+func (p *push) accept(off int64, data []byte) (c *chunk, taken bool, err error) {
+	sum := maphash.Bytes(p.seed, data)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	l := p.last
 	switch {
 	case l != nil && off == l.off:
 		if len(data) != l.size || sum != l.sum {
-			return nil, errorf(-1, "offset %d was already written with other data", off)
+			return nil, false, errorf(-1, "offset %d was already written with other data", off)
 		}
-		return l, nil
+		return l, false, nil
 	case off != p.next:
-		return nil, errorf(-1, "Expected offset %d, got %d", p.next, off)
+		return nil, false, errorf(-1, "Expected offset %d, got %d", p.next, off)
 	case p.over():
-		return nil, p.failure(-1)
+		return nil, false, p.failure(-1)
 	case p.ended:
-		return nil, errorf(-1, "OTA.End was already called")
+		return nil, false, errorf(-1, "OTA.End was already called")
 	case len(data) == 0:
-		return nil, nil
+		return nil, false, nil
 	}
-	c := &chunk{off: off, size: len(data), sum: sum, rest: data, done: make(chan struct{})}
+	size := len(data)
+	c = &chunk{off: off, size: size, sum: sum, data: data, rest: data, done: make(chan struct{})}
 	select {
 	case p.queue <- c:
 	default:
-		return nil, errorf(-1, "one OTA.Write at a time")
+		return nil, false, errorf(-1, "one OTA.Write at a time")
 	}
-	p.last, p.next = c, p.next+int64(len(data))
-	return c, nil
+	p.last, p.next = c, p.next+int64(size)
+	return c, true, nil
 }
 
 func (s *Server) otaEnd(ctx context.Context, r *Request) (any, error) {
 	u := s.current()
 	switch {
 	case u != nil && u.push != nil:
+		leave, err := s.enter(u.push, r)
+		if err != nil {
+			return nil, err
+		}
+		defer leave()
 		u.push.end()
 	case u != nil && !u.over():
 		u.cancel(errEnded) // also the way to abort an OTA.Update

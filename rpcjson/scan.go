@@ -80,7 +80,7 @@ type scanner struct {
 // ignored.
 func members(b []byte, depth int, f func(key []byte, v token)) error {
 	s := scanner{b: b, depth: depth}
-	return s.object(f)
+	return s.object(f, nil)
 }
 
 // memberError reports that the value of a member is damaged, in contrast to a
@@ -108,7 +108,9 @@ func (s *scanner) peek() byte {
 	return 0
 }
 
-func (s *scanner) object(f func(key []byte, v token)) error {
+// object reads an object and calls f for each of its members, and inner for the
+// members of those that are objects themselves, before f. Both may be nil.
+func (s *scanner) object(f, inner func(key []byte, v token)) error {
 	if s.peek() != '{' {
 		return s.fail("an object")
 	}
@@ -136,7 +138,7 @@ func (s *scanner) object(f func(key []byte, v token)) error {
 			return s.fail("a colon")
 		}
 		s.i++
-		v, err := s.value()
+		v, err := s.valueOf(inner)
 		if err != nil {
 			return &memberError{key, err}
 		}
@@ -164,7 +166,10 @@ func (s *scanner) key(c byte) ([]byte, error) {
 	return s.b[start:s.i], nil
 }
 
-func (s *scanner) value() (token, error) {
+func (s *scanner) value() (token, error) { return s.valueOf(nil) }
+
+// valueOf reads a value and calls f for its members if it is an object.
+func (s *scanner) valueOf(f func(key []byte, v token)) (token, error) {
 	c := s.peek()
 	start := s.i
 	k := kindNone
@@ -174,7 +179,7 @@ func (s *scanner) value() (token, error) {
 		raw, err := s.str()
 		return token{kindString, raw}, err
 	case c == '{':
-		k, err = kindObject, s.object(nil)
+		k, err = kindObject, s.object(f, nil)
 	case c == '[':
 		k, err = kindArray, s.array()
 	case c == 't':
@@ -285,19 +290,25 @@ func (s *scanner) str() ([]byte, error) {
 
 // plain returns how many bytes at the start of b certainly need no look: none of
 // them ends a string, begins an escape or is a control character. It looks at
-// eight at a time, since most of what comes are long strings of base64.
+// many at a time, since most of what comes are long strings of base64.
 func plain(b []byte) int {
-	const ones, high = 0x0101010101010101, 0x8080808080808080
-	zero := func(x uint64) uint64 { return (x - ones) &^ x & high } // not 0 if a byte of x is
+	word := func(i int) uint64 { return special(binary.LittleEndian.Uint64(b[i:])) }
 	n := 0
-	for len(b)-n >= 8 {
-		x := binary.LittleEndian.Uint64(b[n:])
-		if zero(x^'"'*ones)|zero(x^'\\'*ones)|(x-' '*ones)&^x&high != 0 {
-			break
-		}
+	for len(b)-n >= 32 && word(n)|word(n+8)|word(n+16)|word(n+24) == 0 {
+		n += 32
+	}
+	for len(b)-n >= 8 && word(n) == 0 {
 		n += 8
 	}
 	return n
+}
+
+// special returns 0 if none of the eight bytes of x is a quote, a backslash or a
+// control character.
+func special(x uint64) uint64 {
+	const ones, high = 0x0101010101010101, 0x8080808080808080
+	quote, slash := x^'"'*ones, x^'\\'*ones
+	return ((quote-ones)&^quote | (slash-ones)&^slash | (x-' '*ones)&^x) & high
 }
 
 // escapeLen returns the length of the escape sequence that b begins with, 0 if

@@ -42,6 +42,18 @@
 // if nobody takes the reply. In the last 100 ms before it calls are refused with
 // code 418, and for a minute after it if it had no effect.
 //
+// A push session belongs to the client that has begun it: to the user if there
+// are credentials, over whatever connection; else to the connection (TCP, Unix
+// socket, WebSocket, serial line), the source address (UDP), the src of the frames
+// (MQTT), or to all of HTTP, where each call may have a connection of its own.
+// Others are answered code 503 to OTA.Write and OTA.End, in order that they neither
+// disturb nor abort it. Without credentials the session passes to another
+// connection or port of the same host (over MQTT, of the same broker) as soon as
+// the old connection has ended, or after ten seconds of silence if that has not been
+// noticed; and after 30 s of silence to anybody with the right to install, so that
+// what is left behind never blocks a device. Clients that lost their connection
+// thus go on, at the offset that the device tells them.
+//
 // Formats, codes and texts follow mongoose-os-libs/rpc-common (src/mg_rpc.c,
 // src/mgos_rpc.c) and mongoose-os-libs/rpc-service-ota. Differences, all on
 // purpose: no wildcard CORS header; requests that a web page could have caused
@@ -67,6 +79,7 @@ import (
 
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/fetch"
+	"github.com/slotota/ota/internal/link"
 )
 
 // ErrClosed says that the server has been closed.
@@ -125,7 +138,8 @@ type Peer struct {
 	// is filled in for each frame.
 	Auth []byte
 
-	admitted bool // by Admit
+	admitted bool            // by Admit
+	ended    <-chan struct{} // closed at the end of the channel; nil if there is none
 }
 
 // Authorizer decides who may call what. It is called for each request that has
@@ -324,6 +338,8 @@ type Server struct {
 	limits  *limiter
 	pending chan struct{} // one element for each call being served
 	reading chan struct{} // one for each HTTP body being read
+	bodies  link.Buffers  // of HTTP
+	chunks  link.Buffers  // of push sessions
 
 	ctx    context.Context // of what outlives a call; ends with Close
 	cancel context.CancelFunc
@@ -598,7 +614,7 @@ func (s *Server) callMethod(ctx context.Context, peer *Peer, f *frame, m *method
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(s.ctx, func() { cancel(ErrClosed) })()
-	r := &Request{Method: m.name, Src: f.src, Peer: peer, Args: &Args{tok: f.params, depth: s.o.MaxDepth}}
+	r := &Request{Method: m.name, Src: f.src, Peer: peer, Args: &Args{tok: f.params, depth: s.o.MaxDepth, all: f.args, scanned: f.args != nil}}
 	v, err := m.handle(ctx, r)
 	if err == nil {
 		result, err = encode(v)
@@ -659,6 +675,10 @@ func (s *Server) check(peer *Peer, what string, ask func() error) *Error {
 // peers that were refused too often. If the [Authorizer] is an [Identifier] it
 // finds out who the peer is, which then holds for all frames of the channel.
 //
+// A push session that is begun over the channel belongs to it, as the package
+// documentation says, and ctx should end when the channel does: that lets others
+// continue the session.
+//
 // The error is an *[Error] of code 401, 403, 429 or 500 for [Server.Refuse], or
 // [ErrClosed].
 func (s *Server) Admit(ctx context.Context, peer *Peer) error {
@@ -685,6 +705,9 @@ func (s *Server) Admit(ctx context.Context, peer *Peer) error {
 		}
 	}
 	peer.admitted = true
+	if peer.ended = ctx.Done(); peer.ended == nil {
+		peer.ended = make(chan struct{}) // nobody will tell
+	}
 	return nil
 }
 

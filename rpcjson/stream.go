@@ -79,8 +79,8 @@ type StreamOptions struct {
 	// XOFF been noise. 0 means DefaultXOFFTimeout.
 	XOFFTimeout time.Duration
 	// IdleTimeout makes a server close a connection on which it has nothing to
-	// do and nothing comes; 0 means never. It needs a stream with the method
-	// SetReadDeadline.
+	// do and no frame comes to its end; 0 means never. It needs a stream with the
+	// method SetReadDeadline.
 	IdleTimeout time.Duration
 	// MaxCalls bounds the calls of one stream that a server serves at a time;
 	// 0 means DefaultMaxCalls. No more is read meanwhile.
@@ -409,6 +409,7 @@ type stream struct {
 	o    StreamOptions
 	busy chan struct{} // holds an element while somebody writes
 	slow atomic.Bool   // closed because of a slow peer
+	used time.Time     // when something last came that is no noise; of the goroutine that reads
 
 	mu   sync.Mutex
 	hold chan struct{} // closed by XON; nil without XOFF
@@ -515,18 +516,19 @@ func (s *stream) flow(on bool) {
 }
 
 // read decodes what comes until the end of the stream, which is no error. idle is
-// asked whether the stream may be closed for having nothing to do.
+// asked whether the stream may be closed for having nothing to do; nil means never.
 func (s *stream) read(d *decoder, idle func() bool) error {
 	dl, _ := s.rwc.(interface{ SetReadDeadline(time.Time) error })
-	if s.o.IdleTimeout <= 0 {
+	if s.o.IdleTimeout <= 0 || idle == nil {
 		dl = nil
 	}
 	buf := make([]byte, readSize)
 	empty := 0 // reads in a row without anything
+	s.used = time.Now()
 	for {
 		start := time.Now()
 		if dl != nil {
-			_ = dl.SetReadDeadline(start.Add(s.o.IdleTimeout))
+			_ = dl.SetReadDeadline(s.used.Add(s.o.IdleTimeout))
 		}
 		n, err := s.rwc.Read(buf)
 		// How long the frame before was served is no matter: only reading counts.
@@ -544,6 +546,7 @@ func (s *stream) read(d *decoder, idle func() bool) error {
 			if idle() {
 				return errIdle
 			}
+			s.used = time.Now()
 		case err != nil && s.slow.Load():
 			return errSlowPeer
 		case err != nil:
@@ -637,6 +640,7 @@ func (c *streamConn) item(it item, b []byte) {
 	case itemBlank:
 		c.blank = min(c.blank+1, 16)
 	case itemHandshake:
+		c.used = time.Now()
 		c.flow(true) // it is listening
 		head := c.head() + handshake
 		c.start(func() { c.write(c.ctx, []byte(head)) })
@@ -649,6 +653,7 @@ func (c *streamConn) item(it item, b []byte) {
 			c.start(func() { send(reply) })
 		}
 	case itemFrame, itemChecked:
+		c.used = time.Now()
 		c.crc = c.crc || it == itemChecked
 		send := c.sender()
 		f, err := c.s.parse(b)

@@ -3,11 +3,13 @@ package rpcjson
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -273,6 +275,22 @@ func TestStreamNoise(t *testing.T) {
 		require.NoError(t, err)
 		require.Contains(t, string(b), framed(stateReply))
 	})
+	t.Run("stdio", func(t *testing.T) {
+		in, toDevice, err := os.Pipe()
+		require.NoError(t, err)
+		fromDevice, out, err := os.Pipe()
+		require.NoError(t, err)
+		ended := make(chan error, 1)
+		go func() { ended <- s.ServeStream(t.Context(), twoPipes{in, out}, Peer{}, nil) }()
+		_, err = toDevice.Write(append(noise(), framed(askState)...))
+		require.NoError(t, err)
+		require.NoError(t, toDevice.Close())
+		b, err := io.ReadAll(fromDevice)
+		require.NoError(t, err)
+		require.Contains(t, string(b), framed(stateReply))
+		require.NoError(t, <-ended)
+		require.NoError(t, fromDevice.Close())
+	})
 	t.Run("client", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			s := newTest(t, newFake(), nil)
@@ -289,6 +307,13 @@ func TestStreamNoise(t *testing.T) {
 		})
 	})
 }
+
+// twoPipes are the standard input and output of a program.
+type twoPipes struct{ in, out *os.File }
+
+func (f twoPipes) Read(b []byte) (int, error)  { return f.in.Read(b) }
+func (f twoPipes) Write(b []byte) (int, error) { return f.out.Write(b) }
+func (f twoPipes) Close() error                { return errors.Join(f.in.Close(), f.out.Close()) }
 
 // listeners runs f for a TCP and a Unix listener of s, and requires that they end
 // cleanly.
@@ -488,6 +513,27 @@ func TestStreamEnds(t *testing.T) {
 			require.Contains(t, w.took(), "null")
 		})
 	})
+	// Somebody who sends something all the time, but never a whole frame, is idle.
+	for name, piece := range map[string]string{"slow": "x", "noise": "x\n", "blank": "\n"} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newTest(t, newFake(), nil)
+				w := newWire(t, s, &StreamOptions{IdleTimeout: time.Minute})
+				start := time.Now()
+				w.send(`{"id":1,"method":"OTA.Status"}` + "\n")
+				time.Sleep(30 * time.Second)
+				w.send(`{"id":1,"method":"OTA.Status"}` + "\n{")
+				for {
+					if _, err := io.WriteString(w, piece); err != nil {
+						break
+					}
+					time.Sleep(time.Second)
+				}
+				require.ErrorIs(t, <-w.ended, errIdle)
+				require.WithinDuration(t, start.Add(90*time.Second), time.Now(), 2*time.Second)
+			})
+		})
+	}
 	t.Run("end", func(t *testing.T) {
 		s := newTest(t, newFake(), nil)
 		listeners(t, s, func(t *testing.T, network, addr string) {

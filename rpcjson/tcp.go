@@ -2,6 +2,7 @@ package rpcjson
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -19,8 +20,9 @@ const (
 	DefaultMaxConns    = 256
 	DefaultIdleTimeout = 5 * time.Minute
 
-	keepAlivePeriod = time.Minute
-	dialTimeout     = 10 * time.Second
+	keepAlivePeriod  = time.Minute
+	dialTimeout      = 10 * time.Second
+	handshakeTimeout = 10 * time.Second // of TLS
 )
 
 // ListenOptions configure [Server.ServeListener]. The zero value is safe.
@@ -41,9 +43,11 @@ type ListenOptions struct {
 // [Server.ServeStream]) until ctx ends, the server is closed or l fails, which it
 // returns the cause of. It closes l and all connections, and waits for them.
 //
-// The connections are neither encrypted nor authenticated. The [Authorizer] is
-// asked about each call, with a [Peer] whose Channel is TCP or UNIX; only what
-// frames carry in their auth member proves who sends them. o may be nil.
+// The connections are neither encrypted nor authenticated, unless l is that of
+// [tls.NewListener], for example with [MutualTLS]: then the client certificate
+// shows who calls. The [Authorizer] is asked about each call, with a [Peer] whose
+// Channel is TCP or UNIX; else only what frames carry in their auth member proves
+// who sends them. o may be nil.
 func (s *Server) ServeListener(ctx context.Context, l net.Listener, o *ListenOptions) error {
 	var opt ListenOptions
 	if o != nil {
@@ -97,11 +101,7 @@ func (s *Server) ServeListener(ctx context.Context, l net.Listener, o *ListenOpt
 		}
 		wg.Go(func() {
 			defer func() { <-places }()
-			if t, ok := conn.(*net.TCPConn); ok {
-				_ = t.SetKeepAlive(true)
-				_ = t.SetKeepAlivePeriod(keepAlivePeriod)
-			}
-			peer, err := opt.Peer(conn)
+			peer, err := opt.accepted(ctx, conn)
 			if err != nil {
 				conn.Close()
 				s.log.Warn("rpc: connection refused", "peer", conn.RemoteAddr().String(), "err", err)
@@ -112,6 +112,33 @@ func (s *Server) ServeListener(ctx context.Context, l net.Listener, o *ListenOpt
 			}
 		})
 	}
+}
+
+// accepted prepares a connection and describes its other side.
+func (o *ListenOptions) accepted(ctx context.Context, conn net.Conn) (Peer, error) {
+	raw := conn
+	secure, _ := conn.(*tls.Conn)
+	if secure != nil {
+		raw = secure.NetConn()
+	}
+	if t, ok := raw.(*net.TCPConn); ok {
+		_ = t.SetKeepAlive(true)
+		_ = t.SetKeepAlivePeriod(keepAlivePeriod)
+	}
+	if secure == nil {
+		return o.Peer(conn)
+	}
+	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
+	defer cancel()
+	if err := secure.HandshakeContext(ctx); err != nil {
+		return Peer{}, err
+	}
+	peer, err := o.Peer(conn)
+	if peer.TLS == nil {
+		state := secure.ConnectionState()
+		peer.TLS = &state
+	}
+	return peer, err
 }
 
 // connPeer describes the other side of a connection.

@@ -22,10 +22,9 @@ const (
 )
 
 const (
-	maxDatagram  = 65507            // IPv4
-	maxMemos     = 8                // calls remembered for each source
-	memoFor      = time.Minute      // how long
-	takeoverIdle = 10 * time.Second // a silent session may be continued from another port
+	maxDatagram = 65507       // IPv4
+	maxMemos    = 8           // calls remembered for each source
+	memoFor     = time.Minute // how long
 )
 
 // PacketOptions configure [Server.ServePacket]. The zero value is safe.
@@ -51,9 +50,8 @@ type PacketOptions struct {
 // Calls of methods that need more than the right Read are executed once: if the
 // same datagram comes again from the same address within a minute, because it or
 // the reply got lost, it gets the same reply, as long as it is among the last 8 of
-// its source. While a push session is under way only the address that has begun
-// it may continue it, or end it; after ten seconds of silence also another port
-// of the same host.
+// its source. A push session belongs to the address that it comes from, as the
+// package documentation says.
 //
 // Anybody can send a datagram in the name of another address, so an address
 // proves nothing. The [Authorizer] is asked about each call, with a [Peer] whose
@@ -127,12 +125,6 @@ type packetServer struct {
 
 	mu      sync.Mutex
 	sources map[string]*source
-	pin     struct {
-		session *push // it belongs to addr
-		addr    string
-		last    time.Time // of the last call that succeeded
-		begin   string    // where an OTA.Begin under way comes from
-	}
 }
 
 // source is an address that calls.
@@ -177,30 +169,12 @@ func (p *packetServer) serve(ctx context.Context, addr net.Addr, b []byte) {
 		if len(reply) > p.o.MaxReply {
 			reply = appendReply(nil, &f, p.s.o.ID, nil, errorf(500, "reply of %d bytes, at most %d in a datagram", len(reply), p.o.MaxReply))
 		}
-		p.remember(mem, reply)
-		return p.write(reply, addr)
-	}
-	if m != nil && (m.name == "OTA.Begin" || m.name == "OTA.Write" || m.name == "OTA.End") {
-		e, before := p.claim(m.name, addr)
-		if e != nil {
-			if f.id != "" {
-				_ = p.write(appendReply(nil, &f, p.s.o.ID, nil, e), addr)
-			}
+		if bytes.HasSuffix(reply, notOwnerReply) {
 			p.forget(src, mem) // it may work later
-			return
+		} else {
+			p.remember(mem, reply)
 		}
-		told := false
-		plain := send
-		send = func(reply []byte) error {
-			told = true
-			p.settle(m.name, addr, before, succeeded(reply))
-			return plain(reply)
-		}
-		defer func() {
-			if !told {
-				p.settle(m.name, addr, before, f.id == "")
-			}
-		}()
+		return p.write(reply, addr)
 	}
 	if err := p.s.serve(ctx, &peer, &f, send, p.s.acquireSoon(ctx)); err != nil {
 		p.s.log.Debug("rpc: datagram not answered", "peer", key, "err", err)
@@ -290,61 +264,8 @@ func (p *packetServer) forget(src *source, m *memo) {
 	src.memos = slices.DeleteFunc(src.memos, func(v *memo) bool { return v == m })
 }
 
-// errPinned is answered if somebody else's push session is under way. Clients may
-// try again.
-var errPinned = errorf(503, "the push session belongs to another address")
-
-// claim checks that a call of a push session may come from addr. It returns the
-// session there is.
-func (p *packetServer) claim(method string, addr net.Addr) (*Error, *push) {
-	cur := p.s.session()
-	active := cur != nil && !cur.over()
-	key := addr.String()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	switch {
-	case p.pin.begin != "" && p.pin.begin != key:
-		return errPinned, nil
-	case !active, p.pin.session == cur && p.pin.addr == key:
-	case p.pin.session != cur, host(p.pin.addr) != host(key), time.Since(p.pin.last) < takeoverIdle:
-		return errPinned, nil
-	}
-	if method == "OTA.Begin" {
-		p.pin.begin = key
-	}
-	return nil, cur
-}
-
-// settle notes that a call that was let through is over. The session of one that
-// succeeded belongs to its source.
-func (p *packetServer) settle(method string, addr net.Addr, before *push, ok bool) {
-	cur := p.s.session()
-	key := addr.String()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	begin := method == "OTA.Begin"
-	if begin && p.pin.begin == key {
-		p.pin.begin = ""
-	}
-	if ok && cur != nil && (p.pin.session == cur || begin && cur != before) {
-		p.pin.session, p.pin.addr, p.pin.last = cur, key, time.Now()
-	}
-}
-
-// host returns an address without its port.
-func host(addr string) string {
-	if h, _, err := net.SplitHostPort(addr); err == nil {
-		return h
-	}
-	return addr
-}
-
-// succeeded reports whether a reply of this server is no error.
-func succeeded(reply []byte) bool {
-	ok := true
-	_ = members(reply, DefaultMaxDepth, func(key []byte, _ token) { ok = ok && string(key) != "error" })
-	return ok
-}
+// notOwnerReply is the end of a reply that says errNotOwner.
+var notOwnerReply = append(appendError([]byte(`"error":`), errNotOwner), '}')
 
 // DatagramOptions configure [NewDatagram]. The zero value is safe.
 type DatagramOptions struct {

@@ -59,6 +59,9 @@ type Loader struct {
 	Package string `json:"package,omitempty"`
 	// Evidence are sentences: where what was found, and what it means.
 	Evidence []string `json:"evidence"`
+	// Copies is how many copies of its environment the loader keeps, as far as is
+	// known; see driver.Capabilities.
+	Copies int `json:"copies,omitempty"`
 	// Files are what the driver needs to be told: paths inside root.
 	Files []string `json:"files,omitempty"`
 }
@@ -236,7 +239,12 @@ func (d *detector) deviceTree() {
 	}
 	for _, name := range d.glob("sys/bus/nvmem/devices/*/of_node/compatible") {
 		if b, ok := d.read(name); ok && bytes.Contains(b, []byte("u-boot,env")) {
-			d.found(uboot, Likely, "/%s is u-boot,env: the kernel knows where U-Boot's environment is.", name)
+			l := d.found(uboot, Likely, "/%s is u-boot,env: the kernel knows where U-Boot's environment is.", name)
+			// torvalds/linux, Documentation/devicetree/bindings/nvmem/u-boot,env.yaml
+			l.Copies = 1
+			if bytes.Contains(b, []byte("u-boot,env-redundant")) {
+				l.Copies = 2
+			}
 		}
 	}
 }
@@ -286,7 +294,7 @@ func (d *detector) environment() {
 		d.note("U-Boot's environment has one copy: a power cut while it is written loses all of it.")
 	}
 	l := d.found(uboot, Likely, "/%s names %d copies of U-Boot's environment, for fw_printenv and fw_setenv.", name, min(copies, 2))
-	l.Files = append(l.Files, name)
+	l.Files, l.Copies = append(l.Files, name), min(copies, 2)
 	switch {
 	case l.Scheme != "":
 	case strings.HasPrefix(d.r.Slot, "rauc.slot="):

@@ -67,7 +67,7 @@ func TestRun(t *testing.T) {
 			"proc/device-tree/chosen/u-boot,version": "2024.01\x00",
 		}, []want{{"U-Boot", "Mender", detect.Certain, "boot/uboot", "etc/fw_env.config"}}, "", "one copy"},
 		"u-boot by nvmem": {map[string]string{
-			"proc/cmdline": "panic=1 ota.slot=b", "sys/bus/nvmem/devices/mtd0/of_node/compatible": "u-boot,env\x00",
+			"proc/cmdline": "panic=1 ota.slot=b", "sys/bus/nvmem/devices/mtd0/of_node/compatible": "u-boot,env-redundant-bool\x00u-boot,env\x00",
 		}, []want{{"U-Boot", "", detect.Likely, "boot/uboot", ""}}, "ota.slot=b", ""},
 		"empty configuration": {map[string]string{"proc/cmdline": "panic=1", "etc/fw_env.config": "# nothing\n"}, nil, "", "names no device"},
 		"grub, rauc": {map[string]string{
@@ -138,4 +138,19 @@ func TestNothing(t *testing.T) {
 	r := detect.Run(filepath.Join(t.TempDir(), "none"))
 	require.Empty(t, r.Loaders)
 	require.NotEmpty(t, r.Notes)
+}
+
+// How many copies of its environment U-Boot keeps is known from its configuration.
+func TestCopies(t *testing.T) {
+	for files, want := range map[[2]string]int{
+		{"etc/fw_env.config", "/dev/mmcblk0boot0 0 0x4000\n/dev/mmcblk0boot1 0 0x4000\n"}:                 2,
+		{"etc/fw_env.config", "/boot/uboot.env 0 0x4000\n"}:                                               1,
+		{"sys/bus/nvmem/devices/mtd0/of_node/compatible", "u-boot,env\x00"}:                               1,
+		{"sys/bus/nvmem/devices/mtd0/of_node/compatible", "u-boot,env-redundant-count\x00u-boot,env\x00"}: 2,
+		{"proc/device-tree/chosen/u-boot,version", "2024.01\x00"}:                                         0,
+	} {
+		r := detect.Run(write(t, map[string]string{files[0]: files[1]}))
+		require.Len(t, r.Loaders, 1)
+		require.Equal(t, want, r.Loaders[0].Copies, files[1])
+	}
 }

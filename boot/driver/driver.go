@@ -16,6 +16,11 @@
 // the loader was never told about means nothing. If the loader does what
 // "pending" says instead, the power failed between 2 and 3. If it does what
 // neither says, it was changed by another program, and is believed.
+//
+// Firmware that was rejected and runs may mean two things: the machine was not reset
+// since the revert, or it was, and the loader has gone back to this firmware because
+// the other one does not start. "pending" has a mark once the other one has run; then
+// it is the latter, a fallback like any other, and the device can be updated.
 package driver
 
 import (
@@ -90,6 +95,10 @@ type Capabilities struct {
 	// after a hang before any user program runs, and if the kernel cannot be
 	// loaded.
 	OnPanic, OnHang, OnUnloadable Answer
+	// Copies is in how many places the loader keeps its state, if a write that is
+	// cut off can damage one of them; 0 if it cannot, or if that is not known. With
+	// one copy all of the state can be lost.
+	Copies int
 	// RebootArg is what the restart system call must be given to begin a trial,
 	// "" for an ordinary restart.
 	RebootArg string
@@ -186,6 +195,10 @@ func (b *Bootloader) Heal(ctx context.Context) (ota.BootState, error) {
 	switch {
 	case v.fromNew:
 		return v.state, b.current.Store(ctx, v.state)
+	case !v.arrived && v.leftRejected() && b.runs(ctx, v.state.Active):
+		mark := v.state.Clone()
+		mark.Booted = true
+		return v.state, b.new.Store(ctx, mark)
 	case v.stale:
 		// A trial that the loader was never told about must not be taken for
 		// one that it has begun, however the firmware there came to run.
@@ -254,6 +267,17 @@ type view struct {
 	choice  Choice
 	fromNew bool // "current" has to catch up
 	stale   bool // "pending" is a trial that never was
+	arrived bool // "pending" says that the active slot has run since the last change
+}
+
+// leftRejected reports whether the state is one after the end of a trial.
+func (v view) leftRejected() bool {
+	for id := range v.state.Slots {
+		if v.state.Slots[id].Rejected && ota.SlotID(id) != v.state.Active {
+			return v.state.Committed
+		}
+	}
+	return false
 }
 
 func (b *Bootloader) look(ctx context.Context, load func(ota.Bootloader, context.Context) (ota.BootState, error)) (v view, err error) {
@@ -285,7 +309,15 @@ func (b *Bootloader) look(ctx context.Context, load func(ota.Bootloader, context
 			return v.take(next, true), nil
 		}
 		v.stale = unfinished
-		return v.take(cur, false), nil
+		v.arrived = nerr == nil && next.Committed && next.Booted && next.Active == cur.Active
+		v = v.take(cur, false)
+		if v.arrived && v.leftRejected() {
+			if id, err := b.d.Running(ctx); err == nil && id != cur.Active && cur.Slot(id).Rejected {
+				v.state = cur.Clone()
+				v.state.Slots[id].Rejected = false
+			}
+		}
+		return v, nil
 	case nerr == nil && does(c, want(next)):
 		return v.take(next, true), nil
 	case cerr == nil && gaveUp(c, cur):
@@ -326,6 +358,7 @@ func (v view) take(s ota.BootState, fromNew bool) view {
 	v.state = s
 	switch c := v.choice; {
 	case s.Committed:
+		v.state.Booted = false // in "pending" it is a mark
 	case !c.Trial:
 		v.state.Booted, v.state.Tries = true, 0
 	case c.Booted:

@@ -15,7 +15,12 @@
 // program runs, a kernel that cannot be loaded. It is the one loader of which that
 // can be said. The watchdog runs at every boot: the kernel's driver or systemd
 // (RuntimeWatchdogSec=) must take it over in time, in slots on trial and committed
-// ones alike. A time longer than a boot takes, and shorter than the commit timeout,
+// ones alike. Some the loader locks, so that nobody can stop them, and the kernel's
+// driver may not know it: a 6300ESB resets the machine half a minute after its
+// driver was loaded unless a program feeds it (efibootguard and torvalds/linux,
+// drivers/watchdog/i6300esb.c). So ota.Options.Watchdog, if used, should not stop it
+// after a commit (KeepRunning in package watchdog), and another program has to feed
+// it from then on. A time longer than a boot takes, and shorter than the commit timeout,
 // has the watchdog enforce the commit timeout while no program feeds it.
 //
 // # What must be there
@@ -123,7 +128,7 @@ func (d *Driver) configure(id ota.SlotID, e *Env) error {
 // Capabilities implements [driver.Capable].
 func (d *Driver) Capabilities() driver.Capabilities {
 	return driver.Capabilities{
-		Loader: "EFI Boot Guard", MaxTries: 1,
+		Loader: "EFI Boot Guard", MaxTries: 1, Copies: len(d.c.Slots),
 		OnPanic: driver.Yes, OnHang: driver.Yes, OnUnloadable: driver.Yes,
 		Note: "So it is while the watchdog timeout of the slot is not 0 and the loader knows the machine's watchdog.",
 	}

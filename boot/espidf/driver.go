@@ -69,7 +69,7 @@ func New(c *Config) (*Driver, error) {
 // Capabilities implements [driver.Capable].
 func (d *Driver) Capabilities() driver.Capabilities {
 	c := driver.Capabilities{
-		Loader: "ESP-IDF", MaxTries: 1,
+		Loader: "ESP-IDF", MaxTries: 1, Copies: 2,
 		OnPanic: driver.Yes, OnHang: driver.Watchdog, OnUnloadable: driver.Yes,
 		Note: "The loader must be built with CONFIG_BOOTLOADER_APP_ROLLBACK_ENABLE.",
 	}

@@ -67,7 +67,7 @@ type Config struct {
 	// kernel, by the parameter rauc.slot.
 	Running func(context.Context) (ota.SlotID, error)
 
-	files fsys.Overwriter
+	files fsys.FS
 }
 
 // Driver drives a GRUB script; it implements [driver.Driver].
@@ -225,10 +225,10 @@ func (d *Driver) Write(ctx context.Context, c driver.Choice) error {
 	if slices.Equal(b, old) {
 		return nil
 	}
-	if len(b) < fsys.Sector || used(b) > fsys.Sector || used(old) > fsys.Sector {
+	if used(b) > fsys.Sector || used(old) > fsys.Sector {
 		return fmt.Errorf("grub: %d bytes of variables, %d before: only the first %d can be written at once: %w", used(b), used(old), fsys.Sector, ErrFull)
 	}
-	if err := d.c.files.OverwriteSector(d.c.Path, (*[fsys.Sector]byte)(b)); err != nil {
+	if err := d.c.files.Overwrite(d.c.Path, b); err != nil {
 		return fmt.Errorf("grub: %w", err)
 	}
 	got, err := d.c.files.ReadFile(d.c.Path)

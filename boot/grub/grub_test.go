@@ -72,7 +72,7 @@ func block(t testing.TB) []byte {
 }
 
 // script does what grub.cfg does; what save_env writes is one sector, in place.
-func script(ctx context.Context, files fsys.Overwriter) (string, error) {
+func script(ctx context.Context, files fsys.FS) (string, error) {
 	d, err := New(&Config{Path: "/grubenv", Names: []string{"A", "B"}, files: files})
 	if err != nil {
 		return "", err
@@ -101,7 +101,7 @@ func script(ctx context.Context, files fsys.Overwriter) (string, error) {
 			if err != nil {
 				return "", err
 			}
-			return n, files.OverwriteSector("/grubenv", (*[fsys.Sector]byte)(b))
+			return n, files.Overwrite("/grubenv", b)
 		}
 		if err := e.Set(last+"_TRY", "0"); err != nil {
 			return "", err
@@ -110,7 +110,7 @@ func script(ctx context.Context, files fsys.Overwriter) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		if err := files.OverwriteSector("/grubenv", (*[fsys.Sector]byte)(b)); err != nil {
+		if err := files.Overwrite("/grubenv", b); err != nil {
 			return "", err
 		}
 	}
@@ -204,7 +204,7 @@ func TestTool(t *testing.T) {
 		n := fmt.Sprintf("v%d", rnd.IntN(4))
 		var value strings.Builder
 		for range rnd.IntN(30) {
-			value.WriteByte(` ab#=\"'$`[rnd.IntN(9)])
+			value.WriteByte(" ab#=\\\"'$\n"[rnd.IntN(10)])
 		}
 		want[n] = value.String()
 		if i%2 == 0 {

@@ -133,7 +133,7 @@ func menderDir(files fsys.FS) (dir string, err error) {
 // Capabilities implements [driver.Capable].
 func (d *Mender) Capabilities() driver.Capabilities {
 	return driver.Capabilities{
-		Loader: "GRUB (Mender)", MaxTries: 1,
+		Loader: "GRUB (Mender)", MaxTries: 1, Copies: 2,
 		OnPanic: driver.IfReset, OnHang: driver.No, OnUnloadable: driver.Yes,
 	}
 }

@@ -8,6 +8,7 @@ package health
 
 import (
 	"bufio"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"errors"
@@ -48,14 +49,13 @@ const (
 type Options struct {
 	// Root is where proc, sys and dev are; "" means "/".
 	Root string
-	// Running finds the running slot, as in ota.Bootloader. nil means that the
-	// command line of the kernel must say it.
-	Running func(context.Context) (ota.SlotID, error)
-	// Capabilities are those of the boot loader, if known.
+	// Bootloader is what the program uses: it is asked which slot runs and, if it
+	// is a [driver.Capable], for Capabilities. Without it the command line of the
+	// kernel must say which slot runs.
+	Bootloader ota.Bootloader
+	// Capabilities are those of the boot loader, if they are known and Bootloader
+	// does not tell.
 	Capabilities driver.Capabilities
-	// EnvironmentCopies is how many copies of its environment the boot loader
-	// keeps; 0 if that is not known or does not apply.
-	EnvironmentCopies int
 	// WatchdogInTrial says that a watchdog is started for each trial:
 	// ota.Options.Watchdog.
 	WatchdogInTrial bool
@@ -71,7 +71,10 @@ func Check(ctx context.Context, o *Options) []ota.Finding {
 	if o == nil {
 		o = &Options{}
 	}
-	c := checker{o: o, root: o.Root}
+	c := checker{o: o, root: o.Root, can: o.Capabilities}
+	if b, ok := o.Bootloader.(driver.Capable); ok {
+		c.can = b.Capabilities()
+	}
 	if c.root == "" {
 		c.root = "/"
 	}
@@ -86,6 +89,7 @@ func Check(ctx context.Context, o *Options) []ota.Finding {
 type checker struct {
 	o     *Options
 	root  string
+	can   driver.Capabilities
 	found []ota.Finding
 }
 
@@ -235,17 +239,17 @@ func (c *checker) watchdogs() {
 }
 
 func (c *checker) environment() {
-	if c.o.EnvironmentCopies == 1 {
-		c.add(EnvironmentSingle, ota.Warning, "The boot loader keeps one copy of its environment: a power cut while it is written loses all of it.",
-			"Build the loader with a redundant environment (U-Boot: CONFIG_SYS_REDUNDAND_ENVIRONMENT), and name both copies in fw_env.config.")
+	if c.can.Copies == 1 {
+		c.add(EnvironmentSingle, ota.Warning, cmp.Or(c.can.Loader, "The boot loader")+" keeps one copy of its environment: a power cut while it is written loses all of it.",
+			"Build the loader with a redundant environment, if it can have one (U-Boot: CONFIG_ENV_REDUNDANT, once CONFIG_SYS_REDUNDAND_ENVIRONMENT), and name both copies in fw_env.config.")
 	}
 }
 
 // running checks that the running slot can be known for certain.
 func (c *checker) running(ctx context.Context) {
 	const remedy = "Let the boot script add a parameter to the kernel's command line: ota.slot=, rauc.slot=, or root=PARTUUID=."
-	if c.o.Running != nil {
-		if _, err := c.o.Running(ctx); err != nil {
+	if c.o.Bootloader != nil {
+		if _, err := c.o.Bootloader.Running(ctx); err != nil {
 			c.add(RootUnknown, ota.Critical, fmt.Sprintf("It cannot be found out which slot runs: %v.", err), remedy)
 		}
 		return
@@ -276,7 +280,7 @@ func unstable(root string) bool {
 }
 
 func (c *checker) loader() {
-	p := c.o.Capabilities
+	p := c.can
 	if p.Loader == "" {
 		return
 	}

@@ -7,13 +7,17 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/boot/bootrecord"
 	"github.com/slotota/ota/boot/driver"
 	"github.com/slotota/ota/boot/health"
+	ubootenv "github.com/slotota/ota/boot/uboot"
+	"github.com/slotota/ota/flash/memflash"
 )
 
 // good is a machine on which nothing is to be found.
@@ -47,6 +51,25 @@ func config(t *testing.T, text string) string {
 	require.NoError(t, err)
 	require.NoError(t, z.Close())
 	return b.String()
+}
+
+// record returns a boot record that knows which slot runs by running.
+func record(t *testing.T, running func(context.Context) (ota.SlotID, error)) ota.Bootloader {
+	r, err := bootrecord.New(memflash.NewChip(slices.Repeat([]memflash.Config{{Size: bootrecord.MaxSize}}, 3)...).Flashes(), &bootrecord.Options{Running: running})
+	require.NoError(t, err)
+	return r
+}
+
+// uboot returns the boot loader of a U-Boot with so many copies of its environment.
+func uboot(t *testing.T, copies int) ota.Bootloader {
+	running := func(context.Context) (ota.SlotID, error) { return 0, nil }
+	e, err := ubootenv.NewEnv(memflash.NewChip(slices.Repeat([]memflash.Config{{Size: 4096}}, copies)...).Flashes(), &ubootenv.EnvOptions{Size: 4096})
+	require.NoError(t, err)
+	d, err := ubootenv.NewDriver(e, &ubootenv.DriverConfig{Names: []string{"A", "B"}, Running: running})
+	require.NoError(t, err)
+	b, err := driver.New(d, record(t, nil), record(t, nil))
+	require.NoError(t, err)
+	return b
 }
 
 func TestCheck(t *testing.T) {
@@ -97,15 +120,17 @@ func TestCheck(t *testing.T) {
 		"no matter":  {func(m map[string]string) { m[wd+"nowayout"] = "1\n" }, health.Options{}, found{}},
 		"slow":       {func(m map[string]string) { m[wd+"timeout"] = "3600\n" }, health.Options{}, found{health.WatchdogSlow: warning}},
 		"has bitten": {func(m map[string]string) { m[wd+"bootstatus"] = "32\n" }, health.Options{}, found{health.WatchdogBit: note}},
-		"one copy":   {func(m map[string]string) {}, health.Options{EnvironmentCopies: 1}, found{health.EnvironmentSingle: warning}},
-		"two copies": {func(m map[string]string) {}, health.Options{EnvironmentCopies: 2}, found{}},
-		"no root":    {func(m map[string]string) { m["proc/cmdline"] = "panic=1" }, health.Options{}, found{health.RootUnknown: critical}},
-		"sda":        {func(m map[string]string) { m["proc/cmdline"] = "panic=1 root=/dev/sda2" }, health.Options{}, found{health.RootUnstable: warning}},
-		"emmc":       {func(m map[string]string) { m["proc/cmdline"] = "panic=1 root=/dev/mmcblk0p2" }, health.Options{}, found{}},
+		"one copy":   {func(m map[string]string) {}, health.Options{Capabilities: driver.Capabilities{Copies: 1}}, found{health.EnvironmentSingle: warning}},
+		"two copies": {func(m map[string]string) {}, health.Options{Bootloader: uboot(t, 2)}, found{health.LoaderHang: warning}},
+		"one copy, as it says itself": {func(m map[string]string) {}, health.Options{Bootloader: uboot(t, 1), Capabilities: driver.Capabilities{Copies: 2}},
+			found{health.EnvironmentSingle: warning, health.LoaderHang: warning}},
+		"no root": {func(m map[string]string) { m["proc/cmdline"] = "panic=1" }, health.Options{}, found{health.RootUnknown: critical}},
+		"sda":     {func(m map[string]string) { m["proc/cmdline"] = "panic=1 root=/dev/sda2" }, health.Options{}, found{health.RootUnstable: warning}},
+		"emmc":    {func(m map[string]string) { m["proc/cmdline"] = "panic=1 root=/dev/mmcblk0p2" }, health.Options{}, found{}},
 		"asked": {func(m map[string]string) { m["proc/cmdline"] = "panic=1" }, health.Options{
-			Running: func(context.Context) (ota.SlotID, error) { return 1, nil }}, found{}},
+			Bootloader: record(t, func(context.Context) (ota.SlotID, error) { return 1, nil })}, found{}},
 		"asked in vain": {func(m map[string]string) {}, health.Options{
-			Running: func(context.Context) (ota.SlotID, error) { return ota.NoSlot, errors.New("hidden") }}, found{health.RootUnknown: critical}},
+			Bootloader: record(t, func(context.Context) (ota.SlotID, error) { return ota.NoSlot, errors.New("hidden") })}, found{health.RootUnknown: critical}},
 		"loader": {func(m map[string]string) {}, health.Options{Capabilities: driver.Capabilities{
 			Loader: "X", OnPanic: driver.IfReset, OnHang: driver.Watchdog, OnUnloadable: driver.No}},
 			found{health.LoaderHang: warning, health.LoaderUnloadable: critical}},

@@ -1,6 +1,6 @@
 // Package mcuboot reads and verifies MCUboot images, reads and writes the trailers
-// by which firmware and loader talk to each other, and drives MCUboot in
-// direct-XIP mode.
+// by which firmware and loader talk to each other, and drives MCUboot in its swap
+// modes ([Swap]) and in direct-XIP mode ([Driver]).
 //
 // # Images
 //
@@ -10,15 +10,28 @@
 //
 // # Swap modes
 //
-// In these modes firmware always runs from the primary slot: the loader exchanges
-// the content of both slots before it starts a trial, and again to go back. A slot
-// of this library is a place whose content stays where it was written; its records
-// name slots, and say what they hold. Images that move between slots break that, so
-// there is no driver for the swap modes. What a program needs to control them by
-// itself is here: write the image into the secondary slot, verify it, call
-// [Trailer.SetPending], reboot, and call [Trailer.Confirm] on the primary slot;
-// [NextSwap] tells what the loader will do. Each of these is decided by one program
-// operation.
+// In these modes (using scratch, using move) firmware always runs from the primary area:
+// the loader exchanges the content of both areas before it starts a trial, and again to go
+// back. [Swap] drives it. A slot is an image there, and moves: slot 0 is the one that the
+// device came with, in the primary area, and an update goes to the slot whose image is
+// in the secondary one. Which is where follows from the digests in the library's records
+// ([ByDigest]), and does not change between two resets; [Swap.Image] gives the place of
+// a slot until the next one. So open slots after each reset, not once.
+//
+// The loader's trailers decide, each by one program operation: the magic in the secondary
+// area begins a trial, image_ok in the primary one confirms it; without that the loader
+// goes back at the next reset, to go back needs no write. What was on trial is then in the
+// secondary area, untouched. The loader refuses to swap in what is not a valid image, and
+// the library takes note. Firmware that runs already cannot be put on trial, as
+// SetAsRevert of a snapshot would.
+//
+// A program that does without slots has the same functions: write the image into the secondary
+// area, verify it, call [Trailer.SetPending], reboot, and call [Trailer.Confirm] on the
+// primary area; [NextSwap] tells what the loader will do.
+//
+// Do not use this driver with a loader that swaps using offset, which leaves an image of
+// the secondary area in another place than it takes one from, nor with one that only
+// overwrites the primary area and cannot go back.
 //
 // # Direct-XIP with revert
 //

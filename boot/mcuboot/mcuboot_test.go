@@ -498,10 +498,17 @@ func loaders() (ls []loadertest.Loader) {
 				}
 				return err
 			},
-			Weak: true, // a flag has one copy
+			Erases: true,
+			Weak:   true, // a flag has one copy
 		})
 	}
 	return ls
+}
+
+func TestConformance(t *testing.T) {
+	for _, l := range loaders() {
+		t.Run(l.Name, l.Conformance)
+	}
 }
 
 func TestPowerCuts(t *testing.T) {

@@ -55,7 +55,7 @@ func NewMOS1(c *MOS1Config) (*MOS1, error) {
 // Capabilities implements [driver.Capable].
 func (d *MOS1) Capabilities() driver.Capabilities {
 	return driver.Capabilities{
-		Loader: "Mongoose OS (MOS1)", MaxTries: 1,
+		Loader: "Mongoose OS (MOS1)", MaxTries: 1, Copies: 2,
 		OnPanic: driver.IfReset, OnHang: driver.Watchdog, OnUnloadable: driver.Yes,
 		Note: "The loader's watchdog of 10 s watches the start of the firmware.",
 	}

@@ -132,7 +132,7 @@ func NewRBoot(o *RBootOptions) (*RBoot, error) {
 // Capabilities implements [driver.Capable].
 func (d *RBoot) Capabilities() driver.Capabilities {
 	return driver.Capabilities{
-		Loader: "rBoot", MaxTries: 1,
+		Loader: "rBoot", MaxTries: 1, Copies: 1,
 		OnPanic: driver.Yes, OnHang: driver.Watchdog, OnUnloadable: driver.Yes,
 		Note: ErrSingle.Error() + ".",
 	}

@@ -112,6 +112,7 @@ func NewDriver(env *Env, c *DriverConfig) (*Driver, error) {
 func (d *Driver) Capabilities() driver.Capabilities {
 	c := driver.Capabilities{
 		Loader:       "U-Boot",
+		Copies:       len(d.env.copies),
 		OnPanic:      driver.IfReset,
 		OnHang:       driver.Watchdog,
 		OnUnloadable: driver.Yes,

@@ -7,13 +7,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/internal/fsys"
 )
-
-// tempSuffix is what the name of the file ends with until it is complete.
-const tempSuffix = ".trust~"
 
 // Load returns the newest anchor of two: the chain that is built into the firmware,
 // and the one that [Anchor.Save] left in a file, which must agree with the former. A
@@ -65,71 +62,9 @@ func readFile(name string) ([]byte, error) {
 }
 
 // Save replaces the file by the chain. Whenever the power fails, the file is the old
-// one or the new one; it is the new one once Save has returned nil. That takes a new
-// file beside it, fsync, a rename, and fsync of the directory (not on Windows, which
-// has no such thing). Only one process may write.
-func (a *Anchor) Save(name string) error { return save(osFiles{}, name, a.Bytes()) }
-
-// fileSystem is what save needs of one.
-type fileSystem interface {
-	create(name string) (newFile, error) // a new file
-	rename(from, to string) error
-	remove(name string) error
-	syncDir(name string) error
-}
-
-type newFile interface {
-	io.WriteCloser
-	Sync() error
-}
-
-func save(fsys fileSystem, name string, b []byte) error {
-	temp := name + tempSuffix
-	if err := fsys.remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	f, err := fsys.create(temp)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = fsys.rename(temp, name)
-	}
-	if err != nil {
-		_ = fsys.remove(temp) // what remains does no harm
-		return err
-	}
-	return fsys.syncDir(filepath.Dir(name))
-}
-
-// osFiles is the file system of the operating system.
-type osFiles struct{}
-
-func (osFiles) create(name string) (newFile, error) {
-	return os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
-}
-
-func (osFiles) rename(from, to string) error { return os.Rename(from, to) }
-func (osFiles) remove(name string) error     { return os.Remove(name) }
-
-func (osFiles) syncDir(name string) error {
-	if runtime.GOOS == "windows" {
-		return nil // directories cannot be opened for that
-	}
-	d, err := os.Open(name)
-	if err != nil {
-		return err
-	}
-	err = d.Sync()
-	if cerr := d.Close(); err == nil {
-		err = cerr
-	}
-	return err
+// one or the new one; it is the new one once Save has returned nil. That takes a file
+// NAME.new beside it, fsync, a rename, and fsync of the directory (not on Windows, which
+// has no such thing). The file keeps its mode. Only one process may write.
+func (a *Anchor) Save(name string) error {
+	return fsys.Replace(fsys.OS{}, filepath.ToSlash(name), a.Bytes())
 }

@@ -1,9 +1,6 @@
 package trust
 
 import (
-	"errors"
-	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -26,6 +23,7 @@ func TestLoadSave(t *testing.T) {
 	b, err = a.Update(two)
 	require.NoError(t, err)
 	require.NoError(t, b.Save(name))
+	require.NoError(t, os.WriteFile(name+".new", []byte("of a save that was cut off"), 0o600))
 	require.NoError(t, b.Save(name), "again")
 	entries, err := os.ReadDir(filepath.Dir(name))
 	require.NoError(t, err)
@@ -92,121 +90,4 @@ func TestLoadRefuses(t *testing.T) {
 	require.ErrorIs(t, err, ErrFormat)
 	require.Error(t, b.Save(name), "a directory is in the way")
 	require.Error(t, b.Save(filepath.Join(name, "no", "directory")))
-}
-
-var errOff = errors.New("no power")
-
-// disk is a file system that loses what was not synced when the power goes off at
-// operation number at.
-type disk struct {
-	n, at  int
-	after  bool // the operation is done before
-	fail   bool // the operation fails instead, and the power stays on
-	off    bool
-	names  map[string]*file // as seen
-	synced map[string]*file // as on the medium
-}
-
-type file struct {
-	d            *disk
-	data, synced []byte
-}
-
-func (d *disk) op(do func()) error {
-	if d.off {
-		return errOff
-	}
-	d.n++
-	if d.n-1 == d.at {
-		if d.after {
-			do()
-		}
-		d.off = !d.fail
-		return errOff
-	}
-	do()
-	return nil
-}
-
-func (d *disk) create(name string) (newFile, error) {
-	if d.names[name] != nil {
-		return nil, fs.ErrExist
-	}
-	f := &file{d: d}
-	return f, d.op(func() { d.names[name] = f })
-}
-
-func (d *disk) rename(from, to string) error {
-	return d.op(func() { d.names[to] = d.names[from]; delete(d.names, from) })
-}
-
-func (d *disk) remove(name string) error {
-	if d.names[name] == nil {
-		return fs.ErrNotExist
-	}
-	return d.op(func() { delete(d.names, name) })
-}
-
-func (d *disk) syncDir(string) error {
-	return d.op(func() { d.synced = maps.Clone(d.names) })
-}
-
-func (f *file) Write(p []byte) (int, error) {
-	return len(p), f.d.op(func() { f.data = append(f.data, p...) })
-}
-func (f *file) Sync() error  { return f.d.op(func() { f.synced = slices.Clone(f.data) }) }
-func (f *file) Close() error { return f.d.op(func() {}) }
-
-// Wherever the power fails, and whatever of the names and of the data was on the
-// medium by then, the file is the old one or the new one; a save that has said yes
-// stays. What an interrupted one left behind does not disturb the next.
-func TestSavePowerCut(t *testing.T) {
-	const name = "/data/trust"
-	content := func(f *file, mode int) string {
-		switch {
-		case mode == 1: // all that was written
-			return string(f.data)
-		case mode == 2 && len(f.data) > len(f.synced): // a part of it
-			return string(f.data[:(len(f.synced)+len(f.data))/2])
-		}
-		return string(f.synced)
-	}
-	runs := 0
-	for _, was := range []string{"", "old"} {
-		for _, how := range []struct{ after, fail bool }{{false, false}, {true, false}, {false, true}} {
-			for at := 0; ; at++ {
-				require.Less(t, at, 50)
-				d := &disk{at: at, after: how.after, fail: how.fail, names: map[string]*file{}}
-				if was != "" {
-					d.names[name] = &file{d: d, data: []byte(was), synced: []byte(was)}
-					d.names[name+tempSuffix] = &file{d: d, data: []byte("junk")}
-				}
-				d.synced = maps.Clone(d.names)
-				err := save(d, name, []byte("new"))
-				runs++
-				for mode := range 3 {
-					for _, names := range []map[string]*file{d.synced, d.names} {
-						got := ""
-						if f := names[name]; f != nil {
-							got = content(f, mode)
-						}
-						if err == nil {
-							require.Equal(t, "new", got)
-						} else {
-							require.Contains(t, []string{was, "new"}, got, "operation %d", at)
-						}
-					}
-				}
-				done := !d.off && err == nil
-				d.at, d.off = -1, false
-				require.NoError(t, save(d, name, []byte("newer")))
-				require.Equal(t, "newer", string(d.synced[name].synced))
-				require.Len(t, d.synced, 1)
-				if done {
-					break
-				}
-			}
-		}
-	}
-	require.Greater(t, runs, 30)
 }

@@ -95,6 +95,7 @@ type creation struct {
 
 	m     bundle.Manifest
 	files map[string]bundle.File
+	kept  map[string]*bundle.Stored // parts of the bundle that it is made from, as long as nothing changes them
 	attrs map[string]json.RawMessage
 	open  []io.Closer
 }
@@ -140,6 +141,7 @@ func create(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 // collect puts together the manifest and the files.
 func (c *creation) collect(ctx context.Context, e *env, m *bundle.Manifest) error {
 	c.files, c.was, c.only = map[string]bundle.File{}, map[string]bundle.Packing{}, map[string]bundle.Encoding{}
+	c.kept = map[string]*bundle.Stored{}
 	var err error
 	switch {
 	case c.out == "":
@@ -201,7 +203,7 @@ func (c *creation) collect(ctx context.Context, e *env, m *bundle.Manifest) erro
 	case c.m.Platform == "" || c.m.Version == "":
 		return usagef("need -platform and -version")
 	}
-	return c.pack(&c.m)
+	return c.pack(&c.m, c.kept)
 }
 
 func (c *creation) fromBundle(ctx context.Context, e *env) error {
@@ -224,7 +226,12 @@ func (c *creation) fromBundle(ctx context.Context, e *env) error {
 		e.notef("the manifest is written anew, so the signatures of %s are left out", c.from)
 	}
 	for i := range c.m.Parts {
-		c.was[c.m.Parts[i].Name] = a.packing(&c.m.Parts[i])
+		p := &c.m.Parts[i]
+		c.was[p.Name] = a.packing(p)
+		s, err := a.r.Stored(a.f, p.Name)
+		if err == nil && (p.SHA1 != nil || c.was[p.Name].Encoding == bundle.EncodingZstd) { // else digests are added
+			c.kept[p.Name] = s
+		}
 	}
 	c.dropIndex()
 	c.files, err = a.files()
@@ -362,6 +369,7 @@ func (c *creation) part(spec string) error {
 	}
 	switch {
 	case file != "":
+		delete(c.kept, name)
 		delete(c.files, old.Src)
 		if c.files[p.Src] != nil {
 			return bad("another part has a file %s; give this one another name with src=", ota.Quote(p.Src))
@@ -409,6 +417,10 @@ func (c *creation) write(ctx context.Context, e *env) error {
 	for _, p := range c.m.Parts {
 		name, f := p.Src, c.files[p.Src]
 		if f == nil {
+			continue
+		}
+		if s := c.kept[p.Name]; s != nil {
+			c.files[name] = s
 			continue
 		}
 		if total += f.Size(); c.how[p.Name].Encoding == bundle.EncodingNone {

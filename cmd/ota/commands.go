@@ -34,6 +34,7 @@ func commands() []command {
 		{"create", "", "make a bundle from files, a directory or another bundle",
 			"The same input gives the same bytes. With SOURCE_DATE_EPOCH set, that is the build's time stamp, and its default build id.\n" +
 				"A part is NAME=FILE, then properties of the manifest (type=fs, ptn=fs_0, update=false, ...), and compress=none, deflate or zstd for how it is stored. NAME=,size=N,fill=B is a part without a file. NAME,PROPERTY=VALUE changes a part of the bundle or directory that the new one is made from.\n" +
+				"Parts of a bundle (-from) that get no other content and no other packing are taken over byte for byte, with all that is said about them.\n" +
 				"A directory holds manifest.json and the files it names, as ota extract writes them; or only files, each of which becomes a part with its name up to the first dot.\n" +
 				"Of bundles with zstd (-compress zstd) a device decodes several frames at a time, and downloads only the chunks that it has not got. Devices with Mongoose OS refuse bundles that are compressed, with zstd or with deflate.",
 			[]string{
@@ -224,7 +225,7 @@ func help(*flag.FlagSet) func(context.Context, *env, []string) error {
 		}
 		c, rest := find(args)
 		if c == nil {
-			return usagef("no command %s", ota.Quote(strings.Join(args, " ")))
+			return fail(exitUsage, "ota help lists them", "no command %s", ota.Quote(strings.Join(args, " ")))
 		}
 		if err := want(rest, 0, 0); err != nil {
 			return err

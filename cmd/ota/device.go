@@ -542,8 +542,11 @@ func push(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 		var platform string
 		if !*noCheck {
 			a, err := openArchive(ctx, name)
-			if err != nil {
+			if code, _ := classify(err); code == exitVerify {
 				return fail(exitVerify, "nothing was sent; -no-check sends it all the same", "%w", err)
+			}
+			if err != nil {
+				return err
 			}
 			m := a.r.Manifest()
 			in.version, in.build, platform = m.Version, m.BuildID, m.Platform

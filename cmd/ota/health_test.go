@@ -31,6 +31,12 @@ func TestSelftestHealth(t *testing.T) {
 	require.Contains(t, out, "critical panic-halts: After a panic")
 	require.Contains(t, out, "\n  remedy: Add panic=10")
 	require.Contains(t, msg, "never be rolled back")
+	require.NotContains(t, out, "environment-single")
+
+	require.NoError(t, os.MkdirAll(filepath.Join(root, "etc"), 0o755))
+	require.NoError(t, os.WriteFile(filepath.Join(root, "etc", "fw_env.config"), []byte("/dev/mtd1 0 0x4000\n"), 0o600))
+	_, out, _ = tool(t, false, "selftest", "-health", "-root", root)
+	require.Contains(t, out, "environment-single: U-Boot keeps one copy")
 }
 
 // The findings of a device are printed, whatever is in them.

@@ -11,6 +11,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -209,6 +210,7 @@ func (e *env) report(c *command, err error) int {
 func classify(err error) (code int, hint string) {
 	var remote *rpcjson.Error
 	var bad *bundle.Error
+	var unreadable *fs.PathError
 	switch {
 	case errors.Is(err, context.Canceled):
 		return exitFailed, ""
@@ -226,7 +228,7 @@ func classify(err error) (code int, hint string) {
 		return exitNothing, ""
 	case slices.ContainsFunc(untrusted, func(e error) bool { return errors.Is(err, e) }):
 		return exitVerify, ""
-	case errors.As(err, &bad):
+	case errors.As(err, &bad) && !errors.As(err, &unreadable):
 		return exitVerify, ""
 	}
 	return exitFailed, ""

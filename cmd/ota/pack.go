@@ -44,8 +44,9 @@ func parseEncoding(s string) (bundle.Encoding, error) {
 	return "", usagef("%s: need none, deflate or zstd", ota.Quote(s))
 }
 
-// pack decides how the parts of m are stored.
-func (k *packing) pack(m *bundle.Manifest) error {
+// pack decides how the parts of m are stored, and removes those from kept that are to
+// be stored in another way than they are.
+func (k *packing) pack(m *bundle.Manifest, kept map[string]*bundle.Stored) error {
 	all, given := bundle.EncodingNone, k.compress != ""
 	if given {
 		var err error
@@ -93,6 +94,10 @@ func (k *packing) pack(m *bundle.Manifest) error {
 				h.Chunk = -1
 			}
 		}
+		if kept[p.Name] != nil && h == k.was[p.Name] {
+			continue
+		}
+		delete(kept, p.Name)
 		if h != (bundle.Packing{}) {
 			k.how[p.Name] = h
 		}

@@ -9,6 +9,8 @@ import (
 
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/boot/bootrecord"
+	"github.com/slotota/ota/boot/detect"
+	"github.com/slotota/ota/boot/driver"
 	"github.com/slotota/ota/boot/health"
 	"github.com/slotota/ota/boottest"
 	"github.com/slotota/ota/flash/fileflash"
@@ -42,7 +44,11 @@ func selftest(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 			e.printf("%s: %s\n", what, e.paint(32, "ok"))
 		}
 		if *report {
-			found := health.Check(ctx, &health.Options{Root: *root})
+			o := health.Options{Root: *root}
+			if r := detect.Run(*root); len(r.Loaders) > 0 {
+				o.Capabilities = driver.Capabilities{Loader: r.Loaders[0].Name, Copies: r.Loaders[0].Copies}
+			}
+			found := health.Check(ctx, &o)
 			e.printFindings(found)
 			check("health", func() error {
 				if health.Worst(found) == ota.Critical {

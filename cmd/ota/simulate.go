@@ -41,7 +41,7 @@ type simulation struct {
 func simulate(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 	var s simulation
 	fs.StringVar(&s.dir, "dir", "", "`directory` with the device's flash; it is made if there is none")
-	fs.Var(&s.listen, "listen", "`URL` to serve RPC at, may be repeated: [http://]HOST:PORT, tcp://HOST:PORT, udp://HOST:PORT, serial:///dev/PORT, unix:///PATH (HTTP), rpc+unix:///PATH; else 127.0.0.1:8080")
+	fs.Var(&s.listen, "listen", "`URL` to serve RPC at, may be repeated: [http://]HOST:PORT, tcp://HOST:PORT, udp://HOST:PORT, serial:///dev/PORT, mqtt://[USER:PASSWORD@]BROKER[:PORT], unix:///PATH (HTTP), rpc+unix:///PATH; else 127.0.0.1:8080")
 	fs.StringVar(&s.platform, "platform", "sim", "`hardware` that bundles must be for")
 	fs.StringVar(&s.product, "product", "", "`name` that bundles must have, if not empty")
 	fs.Var(&s.parts, "part", "a part of each slot: `NAME=SIZE`; else app=8M and fs=2M. Their sizes must stay as they are")
@@ -101,7 +101,7 @@ func (s *simulation) prepare() (err error) {
 			return err
 		}
 		if s.auth == nil && exposed(u) {
-			return fail(exitUsage, "127.0.0.1 needs none", "-listen %s: everybody can reach that, so it needs a -token-file or -passwords", ota.Quote(target))
+			return fail(exitUsage, "127.0.0.1 needs none", "-listen %s: everybody can reach that, so it needs a -token-file or -passwords", ota.Quote(u.Redacted()))
 		}
 		s.places = append(s.places, u)
 	}
@@ -215,6 +215,10 @@ func (s *simulation) boot(ctx context.Context) error {
 		services = append(services, v)
 		if s.places[i], err = url.Parse(v.url); err != nil { // the same after a reset
 			return err
+		}
+		if u.User != nil { // for the broker
+			s.e.printf("%s\n", u.Redacted())
+			continue
 		}
 		s.e.printf("%s\n", v.url)
 	}

@@ -76,6 +76,10 @@ func listenURL(target string) (*url.URL, error) {
 			if u.Path != "" {
 				err = errors.New("path")
 			}
+		case "mqtt", "mqtts":
+			if u.Host == "" || u.Path != "" {
+				err = errors.New("no broker")
+			}
 		case "unix", "rpc+unix", "serial":
 			if u.Path == "" || u.Host != "" {
 				err = errors.New("no path")
@@ -85,7 +89,10 @@ func listenURL(target string) (*url.URL, error) {
 		}
 	}
 	if err != nil {
-		return nil, usagef("-listen %s: need HOST:PORT, tcp://HOST:PORT, udp://HOST:PORT, unix:///PATH, rpc+unix:///PATH or serial:///PATH", ota.Quote(target))
+		if u != nil {
+			target = u.Redacted()
+		}
+		return nil, usagef("-listen %s: need HOST:PORT, tcp://HOST:PORT, udp://HOST:PORT, mqtt://[USER:PASSWORD@]BROKER[:PORT], unix:///PATH, rpc+unix:///PATH or serial:///PATH", ota.Quote(target))
 	}
 	return u, nil
 }
@@ -104,6 +111,9 @@ func listen(ctx context.Context, u *url.URL) (*service, error) {
 	s := &service{}
 	at := *u
 	switch u.Scheme {
+	case "mqtt", "mqtts":
+		s.close = func() error { return nil }
+		s.serve = func(ctx context.Context, srv *rpcjson.Server) error { return mqtt.Serve(ctx, srv, u.String(), nil) }
 	case "serial":
 		s.close = func() error { return nil }
 		s.serve = func(ctx context.Context, srv *rpcjson.Server) error { return serial.Serve(ctx, srv, u.Path, nil) }

@@ -142,7 +142,7 @@ func run(ctx context.Context, c config, l net.Listener) error {
 
 	opts := &ota.Options{Platform: c.platform, Reset: c.reboot, Logger: c.log}
 	opts.Health = func() []ota.Finding {
-		return health.Check(ctx, &health.Options{Running: record.Running})
+		return health.Check(ctx, &health.Options{Bootloader: record})
 	}
 	if c.health != "" {
 		opts.Checks = []ota.Check{{Name: "health", Run: func(ctx context.Context) error { return healthy(ctx, c.health) }}}

@@ -29,6 +29,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"strconv"
 	"sync"
 
@@ -42,7 +43,9 @@ var (
 	// ErrMoved is wrapped by the error of an Erase that found a bad block in front
 	// of what was written since Open.
 	ErrMoved = errors.New("a block has become bad, and what was written behind it has moved")
-	// ErrWorn says that the reserve is used up.
+	// ErrWorn is wrapped by the errors of all access to what lies behind the last
+	// good block, once more blocks are bad than the reserve had. What lies in front
+	// of it can still be read, and started.
 	ErrWorn = errors.New("too many bad blocks")
 	// ErrECC is wrapped by the error of a read that has more wrong bits than could
 	// be corrected.
@@ -148,8 +151,9 @@ type Flash struct {
 }
 
 // Open opens the MTD character device at path, such as /dev/mtd3; it needs Linux.
-// The error wraps [ErrWorn] if it has too many bad blocks, and ota.ErrInvalid if
-// Options do not fit it. o may be nil.
+// The error wraps ota.ErrInvalid if Options do not fit it. A device with too many bad
+// blocks is opened all the same, so that the firmware in it, and beside it, can be
+// started; see [ErrWorn]. o may be nil.
 func Open(path string, o *Options) (*Flash, error) {
 	if o == nil {
 		o = &Options{}
@@ -205,9 +209,6 @@ func newFlash(m mtd, name string, o *Options) (*Flash, error) {
 			f.blocks = append(f.blocks, off)
 		}
 	}
-	if err := f.enough(); err != nil {
-		return nil, err
-	}
 	if f.size <= 0 {
 		return nil, fmt.Errorf("%d bytes leave nothing beside the reserve: %w", length, ota.ErrInvalid)
 	}
@@ -218,13 +219,6 @@ func roundUp(n, unit int64) int64 { return (n + unit - 1) / unit * unit }
 
 // reserve is how many of n blocks may become bad.
 func reserve(n int64) int64 { return max(1, (n*20+1023)/1024) }
-
-func (f *Flash) enough() error {
-	if have := int64(len(f.blocks)) * f.info.EraseSize; have < f.size {
-		return fmt.Errorf("%d bytes in good blocks, need %d: %w", have, f.size, ErrWorn)
-	}
-	return nil
-}
 
 // bad reports whether the block at off on the device is bad.
 func (f *Flash) bad(off int64) (bool, error) {
@@ -244,7 +238,8 @@ func (f *Flash) bad(off int64) (bool, error) {
 // Info returns what the driver tells about the device.
 func (f *Flash) Info() Info { return f.info }
 
-// Spare returns how many more blocks may become bad.
+// Spare returns how many more blocks may become bad. It is negative if there are too
+// many already: as many blocks at the end of the Flash are lost, see [ErrWorn].
 func (f *Flash) Spare() int {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
@@ -261,12 +256,19 @@ func (f *Flash) EraseSize() int64 { return f.info.EraseSize }
 // written, even where the chip could: the error correction covers whole pages.
 func (f *Flash) WriteSize() int64 { return f.info.WriteSize }
 
+func (f *Flash) worn() error {
+	return fmt.Errorf("%d bytes in good blocks, need %d: %w", int64(len(f.blocks))*f.info.EraseSize, f.size, ErrWorn)
+}
+
 // each calls do for each piece of the n bytes at off, with its place on the device.
 func (f *Flash) each(off, n int64, do func(dev, at, n int64) error) error {
 	es := f.info.EraseSize
 	for at := int64(0); at < n; {
 		k, in := (off+at)/es, (off+at)%es
 		m := min(es-in, n-at)
+		if k >= int64(len(f.blocks)) {
+			return f.worn()
+		}
 		if err := do(f.blocks[k]+in, at, m); err != nil {
 			return err
 		}
@@ -406,18 +408,12 @@ func (f *Flash) retire(block int64) error {
 		return fmt.Errorf("marking the block at %d bad: %w", block, err)
 	}
 	f.drop(block)
-	return f.enough()
+	return nil
 }
 
-// drop takes a block out of the mapping. Without a spare block it stays, for Size is
-// not to change; it is refused at the next write.
+// drop takes a block out of the mapping, as it is not in that of the next reader.
 func (f *Flash) drop(block int64) {
-	for i, off := range f.blocks {
-		if off == block && int64(len(f.blocks))*f.info.EraseSize > f.size {
-			f.blocks = append(f.blocks[:i:i], f.blocks[i+1:]...)
-			return
-		}
-	}
+	f.blocks = slices.DeleteFunc(f.blocks, func(off int64) bool { return off == block })
 }
 
 // Erase implements ota.Eraser. On NAND, blocks that cannot be erased are marked bad
@@ -430,6 +426,9 @@ func (f *Flash) Erase(off, n int64) error {
 	defer f.mu.Unlock()
 	moved := false
 	for k, end := off/f.info.EraseSize, (off+n)/f.info.EraseSize; k < end; {
+		if k >= int64(len(f.blocks)) {
+			return f.errorf("erase of %d bytes at %d: %w", n, off, f.worn())
+		}
 		block := f.blocks[k]
 		ok, err := f.eraseBlock(block)
 		if err != nil {
@@ -440,10 +439,7 @@ func (f *Flash) Erase(off, n int64) error {
 			continue
 		}
 		moved = moved || f.usedBehind(block, end)
-		before := len(f.blocks)
-		if f.drop(block); len(f.blocks) == before {
-			return f.errorf("erase of the block at %d on the device: %w: %w", block, ErrBadBlock, ErrWorn)
-		}
+		f.drop(block)
 	}
 	if moved {
 		clear(f.used) // it is said once

@@ -288,19 +288,37 @@ func TestWriteFails(t *testing.T) {
 	require.Equal(t, data, got)
 }
 
+// What lies behind the last good block is lost, and nothing else.
 func TestWorn(t *testing.T) {
-	_, err := newFlash(nand(10, 1, 2, 3), "sim", &Options{Size: 8 * block})
-	require.ErrorIs(t, err, ErrWorn)
 	c := nand(4)
 	f := open(t, c, nil)
 	require.EqualValues(t, 3*block, f.Size())
-	c.weak[0], c.weak[block] = 0, 0
-	require.ErrorIs(t, f.Erase(0, f.Size()), ErrWorn)
-	require.ErrorIs(t, f.Erase(0, f.Size()), ErrWorn, "nor the next time")
-	require.EqualValues(t, 3*block, f.Size())
-	require.Zero(t, f.Spare())
-	_, err = newFlash(c, "sim", &Options{})
-	require.ErrorIs(t, err, ErrWorn)
+	data := fill(3*block, 1)
+	require.NoError(t, f.Erase(0, f.Size()))
+	_, err := f.WriteAt(data, 0)
+	require.NoError(t, err)
+	c.isbad[3*block], c.isbad[2*block] = true, true
+	got := make([]byte, 3*block)
+	for range 2 {
+		f = open(t, c, nil)
+		require.EqualValues(t, 3*block, f.Size())
+		require.Equal(t, -1, f.Spare())
+		n, err := f.ReadAt(got, 0)
+		require.ErrorIs(t, err, ErrWorn)
+		require.Equal(t, 2*block, n)
+		require.Equal(t, data[:n], got[:n])
+		require.ErrorIs(t, f.Erase(2*block, block), ErrWorn)
+		_, err = f.WriteAt(data[:page], 2*block)
+		require.ErrorIs(t, err, ErrWorn)
+	}
+	c.weak[0] = 0
+	require.ErrorIs(t, f.Erase(0, 2*block), ErrWorn)
+	require.Equal(t, -2, f.Spare())
+	for _, g := range []*Flash{f, open(t, c, nil)} {
+		n, err := g.ReadAt(got, 0)
+		require.ErrorIs(t, err, ErrWorn)
+		require.Equal(t, block, n, "every reader finds the same")
+	}
 	for n, want := range map[int64]int64{1: 1, 51: 1, 52: 2, 1024: 20, 4096: 80} {
 		require.Equal(t, want, reserve(n))
 	}

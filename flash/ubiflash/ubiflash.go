@@ -200,11 +200,10 @@ func (f *Flash) begin() error {
 			return err
 		}
 	}
-	f.next, f.failed = 0, nil
-	if err := f.v.update(f.size); err != nil {
-		return err
-	}
-	return nil
+	f.next = 0
+	// If it fails half-way the kernel takes the volume for one that is being updated.
+	f.failed = f.v.update(f.size)
+	return f.failed
 }
 
 // write continues the update.

@@ -14,6 +14,9 @@ import (
 	"github.com/slotota/ota"
 )
 
+// Sector is what storage writes at once.
+const Sector = 512
+
 // MaxFile bounds the files that are read whole.
 const MaxFile = 1 << 20
 
@@ -28,8 +31,8 @@ type FS interface {
 	// WriteFile creates or truncates a file, writes b, and syncs it.
 	WriteFile(name string, b []byte) error
 	// Overwrite writes b over the content of a file of the same length, where it
-	// is on the medium, and syncs it. A power cut may leave the first bytes new
-	// and the others old, with the border on a multiple of 512.
+	// is on the medium, and syncs it: also for a boot loader that knows nothing of
+	// journals. A power cut may leave the first sectors new and the others old.
 	Overwrite(name string, b []byte) error
 	// Rename gives a file another name, in the place of a file that has it.
 	Rename(from, to string) error

@@ -170,14 +170,18 @@ func (s *Sim) Overwrite(name string, b []byte) error {
 		return &fs.PathError{Op: "overwrite", Path: name, Err: fs.ErrInvalid}
 	}
 	var contents [][]byte
-	for n := sector; n < len(b); n += sector {
+	for n := Sector; n < len(b); n += Sector {
 		contents = append(contents, slices.Concat(b[:n], old[n:]))
+	}
+	// Until it is synced, all of it may be in memory only.
+	if _, ok := s.disk.Durable[name]; ok {
+		s.disk.Files[name] = slices.Clone(b)
+		if err := s.commit(); err != nil {
+			return err
+		}
 	}
 	return s.steps(name, append(contents, b)...)
 }
-
-// sector is what a medium writes at once.
-const sector = 512
 
 // Rename implements [FS].
 func (s *Sim) Rename(from, to string) error {

@@ -147,3 +147,26 @@ func (b *Backoff) Wait(ctx context.Context) error {
 		return context.Cause(ctx)
 	}
 }
+
+// Redial calls serve, which connects and serves until the connection is lost, again
+// and again, with pauses between. A connection that lasted for Max lets them start
+// anew. It returns the cause of ctx once that has ended, or the error of serve if
+// that says that it is final.
+func (b *Backoff) Redial(ctx context.Context, serve func() (final bool, err error)) error {
+	for {
+		begun := time.Now()
+		final, err := serve()
+		switch {
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case final:
+			return err
+		}
+		if time.Since(begun) >= b.Max {
+			b.Reset()
+		}
+		if err := b.Wait(ctx); err != nil {
+			return err
+		}
+	}
+}

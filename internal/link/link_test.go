@@ -83,3 +83,47 @@ func TestID(t *testing.T) {
 		require.Equal(t, want, got, "%s", frame)
 	}
 }
+
+func TestRedial(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		b := Backoff{Min: time.Second, Max: time.Minute}
+		final := errors.New("final")
+		var begun []time.Time
+		require.ErrorIs(t, b.Redial(ctx, func() (bool, error) {
+			begun = append(begun, time.Now())
+			if len(begun) == 4 {
+				time.Sleep(time.Minute) // a connection that lasts
+			}
+			return len(begun) == 6, final
+		}), final)
+		require.Len(t, begun, 6)
+		for i, d := range []time.Duration{1, 2, 4, 61, 2} {
+			pause := begun[i+1].Sub(begun[i])
+			most := 2 * d * time.Second
+			if d == 61 { // the pauses begin anew
+				most = 62 * time.Second
+			}
+			require.GreaterOrEqual(t, pause, d*time.Second, i)
+			require.LessOrEqual(t, pause, most, i)
+		}
+		cause := errors.New("cause")
+		ctx2, end := context.WithCancelCause(t.Context())
+		require.ErrorIs(t, b.Redial(ctx2, func() (bool, error) { end(cause); return true, final }), cause)
+		cancel()
+		require.ErrorIs(t, b.Redial(ctx, func() (bool, error) { return false, nil }), context.Canceled)
+	})
+}
+
+func TestBuffers(t *testing.T) {
+	var b Buffers
+	for _, n := range []int{0, 1, pooled - 1, pooled, 100_000} {
+		for range 3 {
+			buf := b.Get(n)
+			require.Empty(t, buf)
+			require.GreaterOrEqual(t, cap(buf), n)
+			b.Put(append(buf, make([]byte, n)...))
+		}
+	}
+	b.Put(nil)
+}

@@ -39,6 +39,8 @@ type Loader struct {
 	Reset func(ctx context.Context, flashes []ota.Flash) error
 	// Wears says that the loader counts every boot, also of committed slots.
 	Wears bool
+	// Erases says that the loader erases the slot of a trial that has failed.
+	Erases bool
 	// Intact reports what the driver must never change and has.
 	Intact func(flashes []ota.Flash) error
 	// Weak says that the loader's storage cannot settle a write that was cut and
@@ -109,6 +111,11 @@ func (l *Loader) restart(ctx context.Context, chip *memflash.Chip) (*ota.Device,
 		// However the power fails, the loader must find something to boot.
 		return nil, fmt.Errorf("%w: nothing to boot: %w", crashtest.ErrViolation, err)
 	}
+	return l.started(ctx, chip, running)
+}
+
+// started opens the device as the firmware in slot running, however it came to run.
+func (l *Loader) started(ctx context.Context, chip *memflash.Chip, running ota.SlotID) (*ota.Device, error) {
 	b, err := l.open(chip, running)
 	if err != nil {
 		return nil, err
@@ -161,6 +168,18 @@ func (l *Loader) PowerCuts(t *testing.T) {
 	d, err = l.restart(t.Context(), over)
 	must(err)
 	must(d.Commit(t.Context()))
+	back := trial.Clone()
+	d, err = l.restart(t.Context(), back)
+	must(err)
+	must(d.Revert(t.Context()))
+	// Until it is reset the machine goes on with what was rejected.
+	d, err = l.started(t.Context(), back, 1)
+	must(err)
+	if s, err := d.BootState(t.Context()); err != nil || s.Active != 0 || !d.Status().RebootPending {
+		t.Fatalf("a restart of the program took back the revert: %+v, %v", s, err)
+	}
+	_, err = l.restart(t.Context(), back)
+	must(err)
 
 	var scenarios []crashtest.Scenario
 	weak := false
@@ -191,9 +210,33 @@ func (l *Loader) PowerCuts(t *testing.T) {
 		{"after", over, func(context.Context, *ota.Device, *memflash.Chip) error { return nil }, func(s ota.BootState, running ota.SlotID, _ bool) bool {
 			return running == 1 && s.Committed && s.Active == 1 && s.Last.Outcome == ota.OutcomeCommitted
 		}},
+		// The loader cannot start what it is to start, and starts the rejected
+		// firmware instead: nothing else can be updated from there on.
+		{"fallback", back, func(ctx context.Context, _ *ota.Device, chip *memflash.Chip) error {
+			d, err := l.started(ctx, chip, 1)
+			if err != nil {
+				return err
+			}
+			if err := d.Status().Err; err != nil {
+				return err
+			}
+			s, err := d.BootState(ctx)
+			if err == nil && s.Active != 1 {
+				err = fmt.Errorf("a reboot is pending for ever: %+v", s)
+			}
+			return err
+		}, func(s ota.BootState, running ota.SlotID, done bool) bool {
+			if running == 1 && s.Committed {
+				return s.Active == 1 && s.Last.Reason == ota.ReasonBootloader
+			}
+			if weak && !done && running == 0 && s.Committed && s.Active == 1 {
+				return s.Last.Reason == ota.ReasonBootloader // pending, as a trial would be
+			}
+			return !done && committed0(s, running) && s.Last.Outcome == ota.OutcomeReverted
+		}},
 	} {
-		if sc.name == "after" && !l.Wears {
-			continue // it would write nothing
+		if sc.name == "after" && !l.Wears || sc.name == "fallback" && l.Erases {
+			continue // it would write nothing; it cannot be
 		}
 		scenarios = append(scenarios, crashtest.Scenario{
 			Name: l.Name + "/" + sc.name,

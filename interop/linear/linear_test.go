@@ -132,17 +132,17 @@ func step(m model, in input, out output) (bool, model) {
 		default:
 			id = statemachine.Unknown
 		}
-		st = m.Commit(e, id)
+		st = m.Do(e, statemachine.Op{Kind: statemachine.Commit, Trial: id})
 	case revert:
-		st = m.RevertNow(ota.ReasonRequested)
+		st = m.Do(e, statemachine.Op{Kind: statemachine.Revert, Reason: ota.ReasonRequested})
 	case setBootState:
-		st = m.SetBootState(e, in.patch)
+		st = m.Do(e, statemachine.Op{Kind: statemachine.SetBootState, Patch: in.patch})
 	case update, snapshot:
+		op := statemachine.Op{Kind: statemachine.Snapshot, SetAsRevert: in.set, Timeout: in.timeout}
 		if in.kind == update {
-			st = m.Update(e, in.image.Firmware(), in.image.Fault.Bad(), in.timeout, in.same)
-		} else {
-			st = m.Snapshot(e, in.set, in.timeout)
+			op.Kind, op.Content, op.IgnoreSame = statemachine.Update, in.image.Content(), in.same
 		}
+		st = m.Do(e, op)
 		if st.Err == nil && len(st.Steps) > 0 {
 			m.next, m.owner = st.End(m.State), in.client
 			st.Steps = st.Steps[:len(st.Steps)-1]
@@ -153,19 +153,19 @@ func step(m model, in input, out output) (bool, model) {
 			if !m.Expired(e) {
 				return false, m
 			}
-			st = m.RevertNow(ota.ReasonTimeout)
+			st = m.Do(e, statemachine.Op{Kind: statemachine.Revert, Reason: ota.ReasonTimeout})
 			if st.Err == nil {
 				st.Err = ota.ErrReverted
 			}
 		case out.err != nil:
 			return m.Trial == m.first && m.Outcome == ota.OutcomeReverted && errors.Is(out.err, ota.ErrReverted), m
 		case m.OnTrial() && m.Timeout == 0:
-			st = m.Commit(e, m.Trial)
+			st = m.Do(e, statemachine.Op{Kind: statemachine.Commit, Trial: m.Trial})
 		default:
 			return m.Trial != m.first || m.Outcome != ota.OutcomeReverted && m.Committed, m
 		}
 	}
-	if !errors.Is(out.err, st.Err) || (out.err == nil) != (st.Err == nil) {
+	if !st.Answers(out.err) {
 		return false, m
 	}
 	m.enter(st.End(m.State))

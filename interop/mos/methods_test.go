@@ -213,7 +213,7 @@ func TestUpdateOutlivesCaller(t *testing.T) {
 	defer files.Close()
 	defer release()
 	conn := d.connect()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
 	err = conn.Call(ctx, "OTA.Update", `{"url":"`+files.URL+`","commit_timeout":300}`, nil)
 	require.Error(t, err)

@@ -2,6 +2,7 @@ package mos_test
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -9,6 +10,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -21,6 +23,7 @@ import (
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/bundle"
 	"github.com/slotota/ota/flash/memflash"
+	"github.com/slotota/ota/rpcjson"
 )
 
 // push runs `mos ota FILE`. Each of its flags is set, because it keeps them in
@@ -215,8 +218,8 @@ func (d *rig) requireRolledBack(why string) {
 
 // The flash takes longer than the client waits: it repeats what is being written.
 func TestPushToSlowFlash(t *testing.T) {
-	d := newRig(t, rigOptions{timeout: time.Second})
-	d.chip.Plan(memflash.Fault{Kind: memflash.Slow, Delay: 1500 * time.Millisecond, At: d.chip.Ops(), On: memflash.OpErase})
+	d := newRig(t, rigOptions{timeout: 3 * time.Second})
+	d.chip.Plan(memflash.Fault{Kind: memflash.Slow, Delay: 4 * time.Second, At: d.chip.Ops(), On: memflash.OpErase})
 	require.NoError(t, d.push(recorded(t, "small.zip")))
 	require.Zero(t, d.chip.Pending())
 	require.Greater(t, len(d.offsets()), 5, "something was repeated")
@@ -448,4 +451,24 @@ func TestPushChunkTooLarge(t *testing.T) {
 	require.Equal(t, committed0, d.must("OTA.GetBootState", ""))
 	require.NoError(t, d.push(recorded(t, "small.zip")))
 	require.EqualValues(t, 1, d.powerCycle().Slot)
+}
+
+// A Write that the device fails is sent again.
+func TestPushFailedWrite(t *testing.T) {
+	var mu sync.Mutex
+	writes := 0
+	d := newRig(t, rigOptions{auth: rpcjson.AuthorizerFunc(func(_ context.Context, _ *rpcjson.Peer, method string, _ rpcjson.Right) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if method == "OTA.Write" {
+			if writes++; writes == 3 {
+				return &rpcjson.Error{Code: -1, Message: "injected"}
+			}
+		}
+		return nil
+	})})
+	require.NoError(t, d.push(recorded(t, "small.zip")))
+	require.Equal(t, []int64{0, 512, 1024, 1024, 1536, 2048}, d.offsets())
+	require.EqualValues(t, 1, d.afterBoot(2).Slot)
+	d.requireSmall(1)
 }

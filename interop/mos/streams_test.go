@@ -42,6 +42,7 @@ type harm struct {
 	text     string // "" for none
 	toClient bool
 	done     bool
+	then     func() // what follows the harm
 }
 
 // strike reports whether to do harm to b.
@@ -52,6 +53,9 @@ func (h *harm) strike(b []byte, toClient bool) bool {
 		return false
 	}
 	h.done = true
+	if h.then != nil {
+		h.then()
+	}
 	return true
 }
 
@@ -221,14 +225,11 @@ func (d *far) with(f func(conn *dev.MosDevConn)) {
 	f(conn)
 }
 
-func (d *far) push(file string) (err error) {
+// push runs mos ota, until ctx ends.
+func (d *far) push(ctx context.Context, file string) (err error) {
 	d.t.Helper()
 	require.NoError(d.t, pflag.CommandLine.Parse([]string{"--chunk-size=512", "--update-timeout=600s", "--commit-timeout=300s", "ota", file}))
-	limit := deadline
-	if d.m.name == "tcp" {
-		limit = 5 * time.Second // it waits without end once its connection was lost
-	}
-	ctx, cancel := context.WithTimeout(d.t.Context(), limit)
+	ctx, cancel := context.WithTimeout(ctx, 3*deadline)
 	defer cancel()
 	d.with(func(conn *dev.MosDevConn) { err = mosota.OTA(ctx, conn) })
 	return err
@@ -306,7 +307,12 @@ func TestStreamPush(t *testing.T) {
 				var mu sync.Mutex
 				writes := 0
 				failed := errors.New("none")
-				o := rigOptions{timeout: time.Second}
+				o := rigOptions{timeout: 4 * time.Second} // to a call without reply
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				if m.name == "tcp" {
+					h.then = cancel // it would wait without end once its connection was lost
+				}
 				o.auth = rpcjson.AuthorizerFunc(func(_ context.Context, p *rpcjson.Peer, method string, _ rpcjson.Right) error {
 					if method != "OTA.Write" {
 						return nil
@@ -329,7 +335,7 @@ func TestStreamPush(t *testing.T) {
 					return nil
 				})
 				d := newFar(t, m, h, o)
-				err := d.push(recorded(t, "small.zip"))
+				err := d.push(ctx, recorded(t, "small.zip"))
 				h.mu.Lock()
 				require.True(t, h.done, "no harm was done")
 				h.mu.Unlock()
@@ -341,12 +347,12 @@ func TestStreamPush(t *testing.T) {
 					// This client never receives anything again once its connection
 					// was lost. The session is still open.
 					require.Error(t, err)
-					require.ErrorContains(t, d.push(recorded(t, "small.zip")), "update is already in progress (1), call OTA.End")
+					require.ErrorContains(t, d.push(t.Context(), recorded(t, "small.zip")), "update is already in progress (1), call OTA.End")
 					d.with(func(conn *dev.MosDevConn) {
 						_, err := conn.CallRaw(t.Context(), "OTA.End", nil)
 						require.ErrorContains(t, err, "remote error -1: ")
 					})
-					require.NoError(t, d.push(recorded(t, "small.zip")))
+					require.NoError(t, d.push(t.Context(), recorded(t, "small.zip")))
 				} else {
 					require.NoError(t, err)
 					want := 6 // five chunks, one of which the device failed
@@ -425,4 +431,55 @@ type chattyConn struct{ net.Conn }
 func (c chattyConn) Write(b []byte) (int, error) {
 	_, err := c.Conn.Write([]byte("I (332) rpc: {\"id\":1} \"\" sent\r\n" + string(b) + "W (333) wifi: {odd\n"))
 	return len(b), err
+}
+
+// With passwords, which the client proves in each frame: what it says without the
+// right ones, and a whole push and the commit with them.
+func TestStreamAuth(t *testing.T) {
+	for _, m := range media() {
+		for _, a := range []rpcjson.Algorithm{rpcjson.MD5, rpcjson.SHA256} {
+			if m.name == "serial with pauses" && a == rpcjson.MD5 {
+				continue // takes its time, and shows nothing else
+			}
+			t.Run(fmt.Sprintf("%s/%s", m.name, a), func(t *testing.T) {
+				d := newFar(t, m, &harm{}, rigOptions{auth: access(t, a)})
+				call := func(method string) (got string, err error) {
+					t.Helper()
+					d.with(func(conn *dev.MosDevConn) {
+						var b []byte
+						b, err = conn.CallRaw(t.Context(), method, nil)
+						got = string(b)
+					})
+					return got, err
+				}
+				refused := func(method, want string) {
+					t.Helper()
+					_, err := call(method)
+					require.ErrorContains(t, err, want)
+				}
+				_, err := call("OTA.Status")
+				require.Error(t, err, "no credentials")
+				creds(t, "admin:wrong")
+				refused("OTA.Status", "remote error 401: ")
+				creds(t, "nobody:secret")
+				refused("OTA.Status", "remote error 401: ")
+				creds(t, "reader:secret")
+				got, err := call("OTA.GetBootState")
+				require.NoError(t, err)
+				require.Equal(t, committed0, got)
+				refused("OTA.Commit", "remote error 403: unauthorized")
+				require.ErrorContains(t, d.push(t.Context(), recorded(t, "small.zip")), "remote error 403: unauthorized")
+				require.Equal(t, 1, d.bootCount())
+				d.requireFactory()
+
+				creds(t, "admin:secret")
+				require.NoError(t, d.push(t.Context(), recorded(t, "small.zip")))
+				require.EqualValues(t, 1, d.afterBoot(2).Slot)
+				d.requireSmall(1)
+				_, err = call("OTA.Commit")
+				require.NoError(t, err)
+				require.Equal(t, committed1, d.must("OTA.GetBootState", ""))
+			})
+		}
+	}
 }

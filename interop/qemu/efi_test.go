@@ -7,6 +7,8 @@ import (
 	"maps"
 	"os"
 	"path"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -14,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/slotota/ota/boot/efi"
+	"github.com/slotota/ota/interop/qemu"
 )
 
 const (
@@ -44,40 +47,42 @@ func powerEFI(t *testing.T, vars, disk string, more ...string) *machine {
 	}, more...)...)
 }
 
-// TestBootNext: UEFI firmware that starts the kernel itself.
-func TestBootNext(t *testing.T) {
+// efiBoard is a PC whose firmware starts the kernel itself. Its disk has efibootmgr
+// and efivar, too.
+type efiBoard struct {
+	*device
+	disk, vars string
+}
+
+func newEFI(t *testing.T) *efiBoard {
 	needs(t, true, efiTools)
+	dir := unpacked(t, "efitools")
 	f := newFactory(t, findKernel(t, "amd64"), efiModules...)
+	var programs []file
+	names, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	for _, n := range names {
+		programs = append(programs, file{"/" + n.Name(), f.read(filepath.Join(dir, n.Name()))})
+	}
 	f.parts = func(kernel, initramfs []byte) map[string][]byte {
 		return map[string][]byte{"system": f.fat(file{"/vmlinuz", kernel}, file{"/initrd", initramfs})}
 	}
-	d := &device{
+	b := &efiBoard{device: &device{
 		factory: f, v1: f.image("v1", "", nil),
 		starts:  [2]string{`BdsDxe: starting Boot00A0 `, `BdsDxe: starting Boot.... "ota B"`},
 		refuses: `BdsDxe: failed to load Boot.... "ota B"`,
-		hangs:   "softdog",
-	}
-	disk := f.disk("disk.img", []part{
+	}}
+	b.disk = f.disk("disk.img", []part{
 		{name: "state", size: mib},
-		{name: "system-a", size: 32 * mib, data: d.v1.parts["system"]},
+		{name: "system-a", size: 32 * mib, data: b.v1.parts["system"]},
 		{name: "system-b", size: 32 * mib},
+		{name: "tools", size: 8 * mib, data: f.fat(programs...)},
 	})
-	// The option of the factory's slot, made by the library on the host.
-	h, err := os.Open(disk)
-	require.NoError(t, err)
-	hd, err := efi.Partition(h, sectorSize, 2)
-	h.Close()
-	require.NoError(t, err)
-	option, err := (&efi.LoadOption{
-		Attributes: efi.Active, Description: "ota A", Path: []efi.Node{hd.Node(), efi.FileNode(`\vmlinuz`)},
-		Optional: efi.EncodeString("console=ttyS0 panic=1 quiet ota.loader=efi initrd=\\initrd"),
-	}).Bytes()
-	require.NoError(t, err)
-	vars := f.variableStore("Boot00A0", option, "BootOrder", []byte{0xa0, 0})
-	d.power = func() *machine { return powerEFI(t, vars, disk, "-machine", "q35") }
-	d.selected = func(slot int, trial bool) {
+	b.vars = f.variableStore("Boot00A0", b.option(2, "ota A", qemu.EFICmdline), "BootOrder", []byte{0xa0, 0})
+	b.power = func() *machine { return powerEFI(t, b.vars, b.disk, "-machine", "q35") }
+	b.selected = func(slot int, trial bool) {
 		t.Helper()
-		got := readVariables(t, f.read(vars))
+		got := readVariables(t, f.read(b.vars))
 		name := func(number []byte) string {
 			v := got[fmt.Sprintf("Boot%04X", binary.LittleEndian.Uint16(number))]
 			o, err := efi.ParseLoadOption(v)
@@ -93,7 +98,79 @@ func TestBootNext(t *testing.T) {
 			require.Equal(t, "ota "+string(rune('A'+slot)), first)
 		}
 	}
-	d.test()
+	return b
+}
+
+// option makes a load option for the kernel in a partition.
+func (b *efiBoard) option(partition uint32, description, cmdline string) []byte {
+	b.t.Helper()
+	disk, err := os.Open(b.disk)
+	require.NoError(b.t, err)
+	defer disk.Close()
+	hd, err := efi.Partition(disk, sectorSize, partition)
+	require.NoError(b.t, err)
+	option, err := (&efi.LoadOption{
+		Attributes: efi.Active, Description: description, Path: []efi.Node{hd.Node(), efi.FileNode(`\vmlinuz`)},
+		Optional: efi.EncodeString(cmdline),
+	}).Bytes()
+	require.NoError(b.t, err)
+	return option
+}
+
+// TestBootNext: UEFI firmware without a boot loader.
+func TestBootNext(t *testing.T) { newEFI(t).test() }
+
+// TestEFITools: what the library has stored in the firmware, efibootmgr and efivar
+// show; what efibootmgr stores is read, and booted.
+func TestEFITools(t *testing.T) {
+	b := newEFI(t)
+	m := b.power()
+	m.ready(0, "v1")
+	m.do("update %s 36000", b.bundle(b.image("v2", "", nil)))
+	m.send("reboot")
+	m.ready(1, "v2")
+	m.do("commit")
+
+	out := m.tool("efibootmgr", "-v")
+	t.Logf("\n%s", out)
+	got := readVariables(t, b.read(b.vars))
+	numbers := map[string]string{}
+	for i, description := range []string{"ota A", "ota B"} {
+		option := b.option(uint32(2+i), description, qemu.EFICmdline)
+		o, err := efi.ParseLoadOption(option)
+		require.NoError(t, err)
+		data := strings.ReplaceAll(string(o.Optional), "\x00", ".")
+		line := regexp.MustCompile(`(?m)^Boot(....)\* ` + regexp.QuoteMeta(fmt.Sprintf("%s\t%v/%v%s", description, o.Path[0], o.Path[1], data)) + `$`)
+		match := line.FindStringSubmatch(out)
+		require.NotNil(t, match, "%v", line)
+		require.Equal(t, option, got["Boot"+match[1]])
+		numbers[description] = match[1]
+	}
+	require.Regexp(t, "(?m)^BootCurrent: "+numbers["ota B"]+"$", out)
+	order := regexp.MustCompile("(?m)^BootOrder: (.*)$").FindString(out)
+	require.Regexp(t, "^BootOrder: "+numbers["ota B"], order)
+	require.NotContains(t, order, numbers["ota A"])
+	require.NotContains(t, out, "BootNext")
+	require.Contains(t, m.tool("efivar", "-l"), efi.Global+"-BootOrder\n")
+
+	m.tool("efibootmgr", "-C", "-d", "/dev/vda", "-p", "3", "-L", "theirs", "-l", `\vmlinuz`, "-u", "quiet")
+	m.tool("efibootmgr", "-n", numbers["ota A"])
+	m.off()
+	m = b.power()
+	m.ready(0, "v1")
+	m.off()
+	var theirs [][]byte
+	for name, v := range readVariables(t, b.read(b.vars)) {
+		if o, err := efi.ParseLoadOption(v); err == nil && strings.HasPrefix(name, "Boot0") && o.Description == "theirs" {
+			again, err := o.Bytes()
+			require.NoError(t, err)
+			require.Equal(t, v, again)
+			theirs = append(theirs, v)
+		}
+	}
+	// The tool leaves out the zero that ends the command line.
+	want := b.option(3, "theirs", "quiet")
+	require.Equal(t, [][]byte{want[:len(want)-2]}, theirs)
 }
 
 // Layout of a store of authenticated variables (tianocore/edk2,
@@ -104,25 +181,29 @@ const (
 	variableHeader = 60
 )
 
-// variableStore makes an empty store of the firmware with variables of the global
-// vendor: names and contents in turn.
+// variableStore makes an empty store of the firmware with variables: names and
+// contents in turn. A name without "-" and a vendor is one of UEFI's own.
 func (f *factory) variableStore(vars ...any) (path string) {
 	f.t.Helper()
-	global, err := efi.ParseGUID(efi.Global)
-	require.NoError(f.t, err)
 	b := f.read(ovmfVars)
 	require.Equal(f.t, uint32(0xffffffff), binary.LittleEndian.Uint32(b[firstVariable:]), "the store is not empty")
 	off := firstVariable
 	le := binary.LittleEndian
 	for i := 0; i < len(vars); i += 2 {
-		name, data := efi.EncodeString(vars[i].(string)), vars[i+1].([]byte)
+		text, vendor, ok := strings.Cut(vars[i].(string), "-")
+		if !ok {
+			vendor = efi.Global
+		}
+		guid, err := efi.ParseGUID(vendor)
+		require.NoError(f.t, err)
+		name, data := efi.EncodeString(text), vars[i+1].([]byte)
 		v := make([]byte, variableHeader, variableHeader+len(name)+len(data))
 		le.PutUint16(v, 0x55aa)
 		v[2] = 0x3f // added
 		le.PutUint32(v[4:], efi.Stored)
 		le.PutUint32(v[36:], uint32(len(name)))
 		le.PutUint32(v[40:], uint32(len(data)))
-		copy(v[44:], global[:])
+		copy(v[44:], guid[:])
 		v = append(append(v, name...), data...)
 		off += copy(b[off:], v)
 		off = (off + 3) &^ 3
@@ -176,48 +257,142 @@ func slotFiles(dir string, img *image) []file {
 	return fs
 }
 
-// TestSystemdBoot: systemd-boot with boot counting. The parts of a slot are files on
-// the EFI system partition.
-func TestSystemdBoot(t *testing.T) {
-	const loader = "/usr/lib/systemd/boot/efi/systemd-bootx64.efi"
-	tools := maps.Clone(efiTools)
-	tools[loader] = "systemd-boot-efi"
-	needs(t, true, tools)
-	f := newFactory(t, findKernel(t, "amd64"), efiModules...)
-	f.parts = fileParts
-	d := &device{factory: f, v1: f.image("v1", "", nil), refuses: `Error|error|failed`, resets: true, hangs: "softdog"}
-	entry := func(slot string) []byte {
-		return fmt.Appendf(nil, "title ota %s\nsort-key ota\nversion 1\nlinux /ota/%[1]s/kernel\ninitrd /ota/%[1]s/initrd\noptions console=ttyS0 panic=1 quiet ota.loader=systemd-boot\n", slot)
-	}
-	files := []file{
-		{"/EFI/BOOT/BOOTX64.EFI", f.read(loader)},
-		{"/loader/loader.conf", []byte("timeout 0\n")},
-		{"/loader/entries/ota-a.conf", entry("a")},
-		{"/loader/entries/ota-b+0.conf", entry("b")},
-	}
-	files = append(files, slotFiles("/ota/a", d.v1)...)
-	files = append(files, slotFiles("/ota/b", nil)...)
-	disk := f.disk("disk.img", []part{
+// systemdLoader is Debian's systemd-boot.
+const systemdLoader = "/usr/lib/systemd/boot/efi/systemd-bootx64.efi"
+
+// systemdBoard makes a PC with systemd-boot, whose EFI system partition has these
+// files beside the loader's.
+func systemdBoard(d *device, vars string, files ...file) (esp string) {
+	d.refuses, d.resets = `Error|error|failed`, true
+	disk := d.disk("disk.img", []part{
 		{name: "state", size: mib},
-		{name: "esp", size: 80 * mib, kind: "ef00", data: f.fat(files...)},
+		{name: "esp", size: 80 * mib, kind: "ef00", data: d.fat(append([]file{
+			{"/EFI/BOOT/BOOTX64.EFI", d.read(systemdLoader)},
+			{"/loader/loader.conf", []byte("timeout 0\n")},
+		}, files...)...)},
 	})
-	vars := f.variableStore()
-	d.power = func() *machine { return powerEFI(t, vars, disk, "-machine", "q35") }
-	d.selected = func(slot int, trial bool) {
-		t.Helper()
-		esp := fmt.Sprintf("%s@@%d", disk, 2*mib)
-		list := strings.Fields(run(t, "mdir", "-b", "-i", esp, "::/loader/entries"))
-		require.Len(t, list, 2)
-		name := "::/loader/entries/ota-" + string(rune('a'+slot))
+	d.power = func() *machine { return powerEFI(d.t, vars, disk, "-machine", "q35") }
+	return fmt.Sprintf("%s@@%d", disk, 2*mib)
+}
+
+// bootEntry is a boot menu entry of type 1.
+func bootEntry(slot, loader string) []byte {
+	return fmt.Appendf(nil, "title ota %s\nsort-key ota\nversion 1\nlinux /ota/%[1]s/kernel\ninitrd /ota/%[1]s/initrd\noptions %s ota.loader=%s\n", slot, qemu.PC, loader)
+}
+
+// counted checks the names of the entries in dir: that of a trial has one try, that
+// which is committed no counters.
+func counted(d *device, esp, dir, ext string) func(slot int, trial bool) {
+	return func(slot int, trial bool) {
+		d.t.Helper()
+		list := strings.Fields(run(d.t, "mdir", "-b", "-i", esp, "::"+dir))
+		require.Len(d.t, list, 2)
+		name := "::" + dir + "/ota-" + string(rune('a'+slot))
 		if trial {
 			name += "+1"
 		}
-		require.Contains(t, list, name+".conf")
-		for _, name := range list {
+		require.Contains(d.t, list, name+ext)
+	}
+}
+
+// TestSystemdBoot: systemd-boot with boot counting. The parts of a slot are files on
+// the EFI system partition.
+func TestSystemdBoot(t *testing.T) {
+	tools := maps.Clone(efiTools)
+	tools[systemdLoader] = "systemd-boot-efi"
+	needs(t, true, tools)
+	f := newFactory(t, findKernel(t, "amd64"), efiModules...)
+	f.parts = fileParts
+	d := &device{factory: f, v1: f.image("v1", "", nil)}
+	const loader, entries = "systemd-boot", "/loader/entries"
+	esp := systemdBoard(d, f.variableStore(), slices.Concat(slotFiles("/ota/a", d.v1), slotFiles("/ota/b", nil), []file{
+		{entries + "/ota-a.conf", bootEntry("a", loader)},
+		{entries + "/ota-b+0.conf", bootEntry("b", loader)},
+	})...)
+	names := counted(d, esp, entries, ".conf")
+	d.selected = func(slot int, trial bool) {
+		t.Helper()
+		names(slot, trial)
+		for _, name := range strings.Fields(run(t, "mdir", "-b", "-i", esp, "::"+entries)) {
 			slot, _, _ := strings.Cut(path.Base(name)[len("ota-"):], ".")
-			require.Equal(t, string(entry(slot[:1])), run(t, "mtype", "-i", esp, name), name)
+			require.Equal(t, string(bootEntry(slot[:1], loader)), run(t, "mtype", "-i", esp, name), name)
 		}
 	}
+	d.test()
+}
+
+// TestOneShot: systemd-boot with LoaderEntryDefault and LoaderEntryOneShot.
+func TestOneShot(t *testing.T) {
+	tools := maps.Clone(efiTools)
+	tools[systemdLoader] = "systemd-boot-efi"
+	needs(t, true, tools)
+	f := newFactory(t, findKernel(t, "amd64"), efiModules...)
+	f.parts = fileParts
+	d := &device{factory: f, v1: f.image("v1", "", nil)}
+	vars := f.variableStore("LoaderEntryDefault-"+efi.Loader, efi.EncodeString("ota-a.conf"))
+	const loader, entries = "one-shot", "/loader/entries"
+	systemdBoard(d, vars, slices.Concat(slotFiles("/ota/a", d.v1), slotFiles("/ota/b", nil), []file{
+		{entries + "/ota-a.conf", bootEntry("a", loader)},
+		{entries + "/ota-b.conf", bootEntry("b", loader)},
+	})...)
+	d.selected = func(slot int, trial bool) {
+		t.Helper()
+		got := readVariables(t, f.read(vars))
+		always, once := slot, ""
+		if trial {
+			always, once = 1-slot, fmt.Sprintf("ota-%c.conf", 'a'+slot)
+		}
+		require.Equal(t, fmt.Sprintf("ota-%c.conf", 'a'+always), efi.DecodeString(got["LoaderEntryDefault"]))
+		require.Equal(t, once, efi.DecodeString(got["LoaderEntryOneShot"]))
+	}
+	d.test()
+}
+
+// TestUKI: systemd-boot with boot counting, where the one part of a slot is a unified
+// kernel image.
+func TestUKI(t *testing.T) {
+	const (
+		stub    = "/usr/lib/systemd/boot/efi/linuxx64.efi.stub"
+		objcopy = "x86_64-linux-gnu-objcopy"
+		size    = 32 * mib
+		dir     = "/EFI/Linux"
+	)
+	tools := maps.Clone(efiTools)
+	tools[systemdLoader], tools[stub], tools[objcopy] = "systemd-boot-efi", "systemd-boot-efi", "binutils-x86-64-linux-gnu"
+	needs(t, true, tools)
+	f := newFactory(t, findKernel(t, "amd64"), efiModules...)
+	f.parts = func(kernel, initramfs []byte) map[string][]byte {
+		image := make([]byte, size)
+		if kernel != nil {
+			// Places in memory, in an order that the stub wants (systemd,
+			// docs/UNIFIED_KERNEL_IMAGE.md), without overlap.
+			args := []string{stub, f.path("uki.efi")}
+			for _, s := range []struct {
+				name  string
+				place int
+				data  []byte
+			}{
+				{".osrel", 0x20000, []byte("ID=ota\nPRETTY_NAME=ota\nVERSION_ID=1\n")},
+				{".cmdline", 0x30000, []byte(qemu.PC + " ota.loader=uki")},
+				{".linux", 0x2000000, kernel},
+				{".initrd", 0x4000000, initramfs},
+			} {
+				name := f.path("uki" + s.name)
+				require.NoError(t, os.WriteFile(name, s.data, 0o600))
+				args = append(args, "--add-section", s.name+"="+name, "--change-section-vma", fmt.Sprintf("%s=%#x", s.name, s.place))
+			}
+			run(t, objcopy, args...)
+			b := f.read(f.path("uki.efi"))
+			require.LessOrEqual(t, len(b), size)
+			copy(image, b)
+		}
+		return map[string][]byte{"uki": image}
+	}
+	d := &device{factory: f, v1: f.image("v1", "", nil)}
+	esp := systemdBoard(d, f.variableStore(),
+		file{dir + "/ota-a.efi", d.v1.parts["uki"]},
+		file{dir + "/ota-b+0.efi", make([]byte, size)})
+	d.selected = counted(d, esp, dir, ".efi")
 	d.test()
 }
 
@@ -230,12 +405,14 @@ func TestBootGuard(t *testing.T) {
 	needs(t, true, tools)
 	f := newFactory(t, findKernel(t, "amd64-generic"), append([]string{"i6300esb"}, efiModules...)...)
 	f.parts = fileParts
-	d := &device{factory: f, v1: f.image("v1", "", nil), hangs: "loader"}
-	config := func(slot string, revision int, img *image) []byte {
+	d := &device{factory: f, v1: f.image("v1", "", nil), armed: true}
+	// watchdog is what the loader sets, in seconds: on a busy host long enough to
+	// come up.
+	config := func(slot string, revision, watchdog int, img *image) []byte {
 		env := f.path("BGENV.DAT")
 		os.Remove(env)
-		run(t, "bg_setenv", "-f", env, "-r", fmt.Sprint(revision), "-s", "0", "-w", "90", "--kernel=C:KERNEL-"+slot+":kernel",
-			"--args=console=ttyS0 panic=1 quiet initrd=\\initrd ota.loader=efibootguard ota.slot="+slot)
+		run(t, "bg_setenv", "-f", env, "-r", fmt.Sprint(revision), "-s", "0", "-w", fmt.Sprint(watchdog), "--kernel=C:KERNEL-"+slot+":kernel",
+			"--args="+qemu.PC+" initrd=\\initrd ota.loader=efibootguard ota.slot="+slot)
 		label := efi.EncodeString("KERNEL-" + slot)
 		return f.fat(append(slotFiles("/", img), file{"/EFILABEL", label[:len(label)-2]}, file{"/BGENV.DAT", f.read(env)})...)
 	}
@@ -243,8 +420,8 @@ func TestBootGuard(t *testing.T) {
 	disk := f.disk("disk.img", []part{
 		{name: "state", size: mib},
 		{name: "esp", size: 2 * mib, kind: "ef00", data: f.fat(file{"/EFI/BOOT/BOOTX64.EFI", f.read(loader)})},
-		{name: "config-a", size: size, kind: "0700", data: config("A", 2, d.v1)},
-		{name: "config-b", size: size, kind: "0700", data: config("B", 1, nil)},
+		{name: "config-a", size: size, kind: "0700", data: config("A", 2, 900, d.v1)},
+		{name: "config-b", size: size, kind: "0700", data: config("B", 1, 240, nil)},
 	})
 	vars := f.variableStore()
 	d.power = func() *machine {

@@ -40,10 +40,10 @@ type kernel struct {
 	modules map[string]string // paths, by name
 }
 
-// findKernel returns the kernel that setup has unpacked under that name.
-func findKernel(t *testing.T, name string) *kernel {
+// unpacked returns the directory of what setup has unpacked under that name.
+func unpacked(t *testing.T, name string) (dir string) {
 	t.Helper()
-	dir := os.Getenv("OTA_QEMU")
+	dir = os.Getenv("OTA_QEMU")
 	if dir == "" {
 		cache, err := os.UserCacheDir()
 		require.NoError(t, err)
@@ -51,8 +51,15 @@ func findKernel(t *testing.T, name string) *kernel {
 	}
 	dir = filepath.Join(dir, name)
 	if _, err := os.Stat(filepath.Join(dir, "complete")); err != nil {
-		missing(t, "kernel "+name, "run interop/qemu/setup")
+		missing(t, dir, "run interop/qemu/setup full")
 	}
+	return dir
+}
+
+// findKernel returns the kernel that setup has unpacked under that name.
+func findKernel(t *testing.T, name string) *kernel {
+	t.Helper()
+	dir := unpacked(t, name)
 	k := &kernel{modules: map[string]string{}}
 	k.arch, _, _ = strings.Cut(name, "-")
 	images, err := filepath.Glob(filepath.Join(dir, "boot", "vmlinuz-*"))
@@ -112,7 +119,7 @@ type factory struct {
 func newFactory(t *testing.T, k *kernel, modules ...string) *factory {
 	t.Helper()
 	f := &factory{t: t, dir: t.TempDir(), k: k}
-	f.modules = k.load(t, append([]string{"virtio_pci", "virtio_blk", "virtio_net", "softdog"}, modules...)...)
+	f.modules = k.load(t, slices.Concat([]string{"virtio_pci", "virtio_blk", "virtio_net"}, modules, []string{"softdog"})...)
 	f.init = f.path("init")
 	build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", f.init, "./guest")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+k.arch)

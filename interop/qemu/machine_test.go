@@ -27,7 +27,7 @@ import (
 var (
 	quick     = flag.Bool("qemu", false, "boot U-Boot on arm64: about a minute")
 	long      = flag.Bool("qemu.long", false, "boot all loaders, and cut the power")
-	bootLimit = flag.Duration("qemu.boot", 3*time.Minute, "limit for one boot")
+	bootLimit = flag.Duration("qemu.boot", 10*time.Minute, "limit for one boot, or one command")
 )
 
 // needs skips a test that was not asked for, or lacks a tool; in CI it fails
@@ -49,6 +49,7 @@ func needs(t *testing.T, isLong bool, tools map[string]string) {
 			missing(t, tool, "apt-get install "+pkg)
 		}
 	}
+	t.Parallel() // as many machines as there are processors
 }
 
 // missing skips the test, or in CI fails it.
@@ -167,11 +168,21 @@ func (m *machine) await(limit time.Duration, patterns ...string) (which int, mat
 	return which, match
 }
 
+// within returns how long to wait at most: a test that go test -timeout ends would
+// leave the machine behind.
+func (m *machine) within(limit time.Duration) time.Duration {
+	if end, ok := m.t.Deadline(); ok {
+		limit = min(limit, max(time.Until(end)-30*time.Second, 0))
+	}
+	return limit
+}
+
 func (m *machine) seek(limit time.Duration, patterns ...string) (which int, match []string, err error) {
 	var res []*regexp.Regexp
 	for _, p := range patterns {
 		res = append(res, regexp.MustCompile(p))
 	}
+	limit = m.within(limit)
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	ended := false
@@ -238,6 +249,19 @@ func (m *machine) do(format string, args ...any) qemu.Report {
 	return m.parse(match[0])
 }
 
+// tool has the guest run a program and returns what it writes.
+func (m *machine) tool(args ...string) (out string) {
+	m.t.Helper()
+	m.send("tool %s", strings.Join(args, " "))
+	for {
+		which, match := m.await(*bootLimit, "^"+qemu.Prefix+qemu.Done, "^"+qemu.Prefix+qemu.Output+" (.*)")
+		if which == 0 {
+			return out
+		}
+		out += match[1] + "\n"
+	}
+}
+
 // holds requires that the running slot holds img, bit by bit.
 func (m *machine) holds(img *image) {
 	m.t.Helper()
@@ -257,7 +281,7 @@ func (m *machine) off() {
 	m.send("poweroff")
 	select {
 	case <-m.done:
-	case <-time.After(*bootLimit):
+	case <-time.After(m.within(*bootLimit)):
 		m.t.Fatal("the machine does not turn itself off")
 	}
 }

@@ -23,13 +23,21 @@ const Prefix = "OTA-"
 
 // Kinds of lines.
 const (
-	Ready = "READY" // the guest was started; a Report
-	Phase = "PHASE" // an operation has reached this phase
-	Hang  = "HANG"  // the guest does nothing more
-	Watch = "WATCH" // the trial is over; the error of Watch, or "committed"
-	Done  = "DONE"  // the command was carried out; a Report
-	Fail  = "FAIL"  // it was not; the error
+	Ready  = "READY" // the guest was started; a Report
+	Phase  = "PHASE" // an operation has reached this phase; then the time since the boot
+	Hang   = "HANG"  // the guest does nothing more
+	Watch  = "WATCH" // the trial is over; the error of Watch, or "committed"
+	Output = "OUT"   // a line that a tool writes
+	Done   = "DONE"  // the command was carried out; a Report
+	Fail   = "FAIL"  // it was not; the error
 )
+
+// PC begins the command line of kernels on PCs. On a busy host the kernel's check of
+// the timer may fail, which ends in a panic.
+const PC = "console=ttyS0 panic=1 quiet no_timer_check"
+
+// EFICmdline is the command line of a kernel that the firmware starts.
+const EFICmdline = PC + ` ota.loader=efi initrd=\initrd`
 
 // Report is what the guest knows about itself.
 type Report struct {
@@ -46,9 +54,10 @@ type Report struct {
 	Stored    string // version of the running slot in the boot state
 	// Digests has the SHA-256 of what is in the parts of the running slot, read
 	// from the disk at the command "digests".
-	Digests map[string]string `json:",omitempty"`
-	Uptime  string            `json:",omitempty"`
-	Problem string            `json:",omitempty"` // failure of the last operation
+	Digests  map[string]string `json:",omitempty"`
+	Uptime   string            // seconds since the boot
+	Watchdog string            `json:",omitempty"` // of the kernel: "active" or "inactive"
+	Problem  string            `json:",omitempty"` // failure of the last operation
 }
 
 // ParseReport reads the report in a line of the guest.

@@ -30,7 +30,7 @@ func TestWriteLog(t *testing.T) {
 	v1 := b.bundle(b.v1)
 	m := b.power("")
 	m.ready(0, "v1")
-	m.do("update %s 600", v2)
+	m.do("update %s 36000", v2)
 	m.off()
 
 	// Environment and records, with the table before them.
@@ -46,7 +46,7 @@ func TestWriteLog(t *testing.T) {
 	m = b.power(log)
 	m.ready(1, "v2")
 	m.do("commit")
-	r := m.do("update %s 600", v1)
+	r := m.do("update %s 36000", v1)
 	require.Equal(t, 0, r.Active)
 	m.off()
 

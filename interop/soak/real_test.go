@@ -4,17 +4,12 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
 	"os"
 	"runtime"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -28,100 +23,40 @@ import (
 	"github.com/slotota/ota/rpcjson"
 )
 
-var soakReal = flag.Duration("soak.real", 0, "length of the soak in real time, e.g. 2m; 0 skips it")
+// The traffic of an hour, over each transport: somebody looks at the device every
+// five seconds, and updates it once.
+const pollsAnHour = 720
 
-// transport serves a device and calls it, over a connection of its own kind.
-type transport struct {
-	name string
-	// serve makes what handle returns reachable until stop is called, and
-	// returns a function that connects to it.
-	serve func(handle func() *rpcjson.Server) (connect func() (conn, error), stop func(), err error)
+var (
+	soakHours = flag.Float64("soak.hours", 0.1, "hours of traffic over each transport, as fast as it goes")
+	soakReal  realTime
+)
+
+func init() {
+	flag.Var(&soakReal, "soak.real", "go on for `duration` at least, 2m unless one is given")
 }
 
-// conn is the client's end of a connection. call returns the result, or an error:
-// an *rpcError if it came from the device.
-type conn interface {
-	call(ctx context.Context, method, params string) (json.RawMessage, error)
-	Close() error
-}
+// realTime is a duration with a default for -soak.real alone.
+type realTime time.Duration
 
-// transports returns all that are tested.
-func transports() []transport {
-	return []transport{{"http", serveHTTP}}
-}
+func (d *realTime) String() string   { return time.Duration(*d).String() }
+func (d *realTime) IsBoolFlag() bool { return true }
 
-type rpcError struct {
-	Code    int
-	Message string
-}
-
-func (e *rpcError) Error() string { return fmt.Sprintf("%d %s", e.Code, e.Message) }
-
-// result takes the reply to a frame apart.
-func result(b []byte) (json.RawMessage, error) {
-	var r struct {
-		Result json.RawMessage
-		Error  *rpcError
+func (d *realTime) Set(s string) error {
+	if s == "true" {
+		s = "2m"
 	}
-	if err := json.Unmarshal(b, &r); err != nil {
-		return nil, fmt.Errorf("%w: %.100q", err, b)
-	}
-	if r.Error != nil {
-		return nil, r.Error
-	}
-	return r.Result, nil
+	v, err := time.ParseDuration(s)
+	*d = realTime(v)
+	return err
 }
 
-func serveHTTP(handle func() *rpcjson.Server) (func() (conn, error), func(), error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, nil, err
-	}
-	hs := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { handle().ServeHTTP(w, r) })}
-	done := make(chan struct{})
-	go func() { defer close(done); hs.Serve(l) }()
-	connect := func() (conn, error) {
-		return &httpConn{&http.Client{Transport: &http.Transport{}}, "http://" + l.Addr().String() + "/rpc"}, nil
-	}
-	return connect, func() { hs.Close(); <-done }, nil
-}
-
-type httpConn struct {
-	*http.Client
-	url string
-}
-
-func (c *httpConn) call(ctx context.Context, method, params string) (json.RawMessage, error) {
-	body := fmt.Appendf(nil, `{"id":1,"method":%q,"params":%s}`, method, params)
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url, bytes.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	req.Header.Set("Content-Type", "application/json")
-	res, err := c.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer res.Body.Close()
-	b, err := io.ReadAll(res.Body)
-	if err != nil {
-		return nil, err
-	}
-	return result(b)
-}
-
-func (c *httpConn) Close() error {
-	c.CloseIdleConnections()
-	return nil
-}
-
-// served is a device under a server, which changes with every boot.
+// served is a device that is reached in some ways.
 type served struct {
-	d     *sim.Device
-	dev   *ota.Device
-	srv   atomic.Pointer[rpcjson.Server]
-	watch sync.WaitGroup
-	stop  context.CancelFunc
+	t    *testing.T
+	d    *sim.Device
+	ways []way
+	stop func() // ends all that runs on the device
 }
 
 // boot switches the device off and on.
@@ -138,29 +73,53 @@ func (s *served) boot() error {
 		return err
 	}
 	policy := &bundle.Policy{AllowUnsigned: true}
-	srv, err := rpcjson.New(dev, rpcjson.Options{ID: "sim", NoAuth: true, Open: policy.Image})
+	srv, err := rpcjson.New(dev, rpcjson.Options{ID: deviceID, NoAuth: true, Open: policy.Image})
 	if err != nil {
 		return err
 	}
-	s.dev = dev
-	s.srv.Store(srv)
-	ctx, stop := context.WithCancel(context.Background())
-	s.stop = stop
-	s.watch.Go(func() { dev.Watch(ctx) })
+	ctx, cancel := context.WithCancel(context.Background())
+	var all sync.WaitGroup
+	all.Go(func() { _ = dev.Watch(ctx) })
+	for i, w := range s.ways {
+		all.Go(func() {
+			if err := w.serve(ctx, srv); ctx.Err() == nil {
+				s.t.Errorf("way %d: served no longer: %v", i, err)
+			}
+		})
+	}
+	s.stop = func() {
+		cancel()
+		all.Wait()
+		srv.Close()
+	}
 	return nil
 }
 
-// off ends all that runs on the device.
 func (s *served) off() {
 	if s.stop != nil {
 		s.stop()
-		s.srv.Load().Close()
-		s.watch.Wait()
+		s.stop = nil
 	}
 }
 
-// cycle is one update by push and what becomes of it: n counts them.
-func (s *served) cycle(ctx context.Context, c conn, n int) error {
+// answered repeats a call until the device, which has just been switched on,
+// answers it.
+func answered(ctx context.Context, call func(context.Context) error) error {
+	for patience := 250 * time.Millisecond; ; patience = min(2*patience, 10*time.Second) {
+		one, cancel := context.WithTimeout(ctx, patience)
+		err := call(one)
+		cancel()
+		var re *rpcjson.Error
+		if err == nil || errors.As(err, &re) || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+// update is one update by push and what becomes of it: n counts them.
+func (s *served) update(ctx context.Context, c *rpcjson.Client, n int) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	defer cancel()
 	i := statemachine.Image{Version: 2 + n%(sim.Versions-1)}
 	if n%7 == 3 {
 		i.Fault = statemachine.WrongDigest
@@ -169,57 +128,54 @@ func (s *served) cycle(ctx context.Context, c conn, n int) error {
 	if err != nil {
 		return err
 	}
-	if _, err := c.call(ctx, "OTA.Begin", fmt.Sprintf(`{"commit_timeout":%d,"size":%d}`, n%2*3600, len(zip))); err != nil {
-		return fmt.Errorf("begin: %w", err)
+	// It may have been switched on just now, at the end of another's update.
+	if err := answered(ctx, func(ctx context.Context) error { _, err := c.Status(ctx); return err }); err != nil {
+		return err
 	}
-	failed := error(nil)
-	for off := 0; off < len(zip) && failed == nil; off += 700 {
-		params := fmt.Sprintf(`{"offset":%d,"data":%q}`, off, base64.StdEncoding.EncodeToString(zip[off:min(off+700, len(zip))]))
-		if n%5 == 1 && off > 2000 {
-			// The client goes away in the middle of a call, and comes back.
-			gone, cancel := context.WithTimeout(ctx, time.Microsecond)
-			c.call(gone, "OTA.Write", params)
-			cancel()
-		}
-		if n%11 == 5 && off > 3000 {
-			return s.boot() // the device loses its power
-		}
-		_, failed = c.call(ctx, "OTA.Write", params)
-	}
-	var wg sync.WaitGroup
-	for range 3 {
-		wg.Go(func() { c.call(ctx, "OTA.Status", "{}") })
-	}
-	wg.Wait()
-	_, err = c.call(ctx, "OTA.End", "{}")
-	if bad := i.Fault != statemachine.Good; bad != (err != nil) || !bad && failed != nil {
-		return fmt.Errorf("image %+v: %v, %v", i, failed, err)
+	timeout := time.Duration(n%2) * time.Hour
+	left, booted := n%5 != 1, n%11 != 5
+	var bootErr error
+	err = c.Push(ctx, bytes.NewReader(zip), int64(len(zip)), &rpcjson.PushOptions{
+		ChunkSize: 700, CommitTimeout: &timeout,
+		Progress: func(done, total int64) {
+			switch {
+			case !left && done > 2000 && done < total:
+				// The client goes away in the middle of a call, and comes back.
+				left = true
+				gone, cancel := context.WithTimeout(ctx, 50*time.Microsecond)
+				data := base64.StdEncoding.EncodeToString(zip[done:min(done+700, total)])
+				_ = c.Call(gone, "OTA.Write", map[string]any{"offset": done, "data": data}, nil)
+				cancel()
+			case !booted && done > 3000:
+				booted = true
+				bootErr = s.boot() // the device loses its power
+			}
+		},
+	})
+	if bad := i.Fault != statemachine.Good; bootErr != nil || bad != (err != nil) {
+		return fmt.Errorf("image %+v: push: %w", i, errors.Join(err, bootErr))
 	}
 	if err := s.boot(); err != nil {
 		return err
 	}
-	var re *rpcError
 	method := "OTA.Commit"
 	if n%6 == 2 {
 		method = "OTA.Revert"
 	}
-	if _, err := c.call(ctx, method, "{}"); err != nil && !errors.As(err, &re) {
+	var re *rpcjson.Error // without a trial there is nothing to commit
+	if err := answered(ctx, func(ctx context.Context) error { return c.Call(ctx, method, nil, nil) }); err != nil && !errors.As(err, &re) {
 		return fmt.Errorf("%s: %w", method, err)
 	}
 	if err := s.boot(); err != nil {
 		return err
 	}
-	b, err := c.call(ctx, "OTA.GetBootState", "{}")
-	if err != nil {
-		return err
-	}
 	var st ota.BootState
-	if err := json.Unmarshal(b, &st); err != nil {
+	if err := answered(ctx, func(ctx context.Context) (err error) { st, err = c.BootState(ctx); return err }); err != nil {
 		return err
 	}
 	v := s.d.Identify(st.Active)
 	if !st.Committed || v == 0 || method == "OTA.Commit" && i.Fault == statemachine.Good && v != i.Version {
-		return fmt.Errorf("image %d in state %s after %s of %+v", v, b, method, i)
+		return fmt.Errorf("image %d in state %+v after %s of %+v", v, st, method, i)
 	}
 	return nil
 }
@@ -233,17 +189,17 @@ func descriptors() int {
 	return len(f)
 }
 
-// sample is the heap in use at a time.
-type sample struct{ at, heap float64 }
+// sample is the heap in use after some hours.
+type sample struct{ hours, heap float64 }
 
-// slope is the growth of the heap in bytes per second, by least squares.
+// slope is the growth of the heap in bytes an hour, by least squares.
 func slope(s []sample) float64 {
 	var x, y, xx, xy float64
 	for _, v := range s {
-		x += v.at
+		x += v.hours
 		y += v.heap
-		xx += v.at * v.at
-		xy += v.at * v.heap
+		xx += v.hours * v.hours
+		xy += v.hours * v.heap
 	}
 	n := float64(len(s))
 	if d := n*xx - x*x; d != 0 {
@@ -252,54 +208,94 @@ func slope(s []sample) float64 {
 	return 0
 }
 
-// A device is updated over the network, over and over, by clients of all kinds. It
-// needs no more memory, goroutines and open files at the end than at the start.
+// A device is looked at and updated over the network, over and over, in all the ways
+// in which it can be reached: in each of them alone, and in all at once. It needs no
+// more memory, goroutines and open files at the end than at the start.
 func TestRealSoak(t *testing.T) {
-	if *soakReal == 0 {
-		t.Skip("runs in real time, for as long as -soak.real says")
+	all := func(t *testing.T) (ws []way) {
+		for _, w := range ways {
+			ws = append(ws, w.open(t))
+		}
+		return ws
 	}
-	for _, tr := range transports() {
-		t.Run(tr.name, func(t *testing.T) {
-			d, err := sim.New(sim.Geometries()[0])
-			require.NoError(t, err)
-			goroutines, _ := settled(0)
-			fds := descriptors()
-			s := &served{d: d}
-			require.NoError(t, s.boot())
-			connect, stop, err := tr.serve(s.srv.Load)
-			require.NoError(t, err)
-			c, err := connect()
-			require.NoError(t, err)
+	t.Run("all", func(t *testing.T) { soak(t, 0, all) })
+	for i, w := range ways {
+		t.Run(w.name, func(t *testing.T) { soak(t, i+1, func(t *testing.T) []way { return []way{w.open(t)} }) })
+	}
+}
 
-			length := *soakReal / time.Duration(len(transports()))
-			start := time.Now()
-			var heap []sample
-			n := 0
-			for time.Since(start) < length {
-				require.NoErrorf(t, s.cycle(t.Context(), c, n), "cycle %d", n)
-				n++
-				if n%20 == 0 { // connections come and go, too
-					require.NoError(t, c.Close())
-					c, err = connect()
-					require.NoError(t, err)
-				}
-				if at := time.Since(start); at > length/4 && float64(len(heap)) < 200*float64(at)/float64(length) {
-					_, h := settled(0)
-					heap = append(heap, sample{at.Seconds(), float64(h)})
-				}
-			}
-			require.NoError(t, c.Close())
-			stop()
-			s.off()
-			require.NoError(t, d.Chip.Err())
-			require.Eventually(t, func() bool { return runtime.NumGoroutine() <= goroutines+1 }, 5*time.Second, 10*time.Millisecond, // one evaluates this
-				"%d goroutines before", goroutines)
-			require.Equal(t, fds, descriptors(), "open files")
-			require.NotEmpty(t, heap, "too short")
-			grown := heap[len(heap)-1].heap - heap[0].heap
-			t.Logf("%s: %d updates in %v; heap %.0f KiB, grown by %.1f KiB, slope %.2f KiB/h (of %d samples); %d goroutines, %d open files before and after",
-				tr.name, n, time.Since(start).Round(time.Second), heap[len(heap)-1].heap/1024, grown/1024, slope(heap)*3600/1024, len(heap), goroutines, fds)
-			require.Less(t, grown, float64(256<<10), "bytes that the heap has grown by")
-		})
+func soak(t *testing.T, n int, open func(*testing.T) []way) {
+	freeAddr(t, "tcp") // what the runtime needs once for all
+	goroutines, fds := runtime.NumGoroutine(), descriptors()
+	d, err := sim.New(sim.Geometries()[0])
+	require.NoError(t, err)
+	s := &served{t: t, d: d, ways: open(t)}
+	require.NoError(t, s.boot())
+	clients := make([]*rpcjson.Client, len(s.ways))
+	dial := func(i int) {
+		c, err := s.ways[i].dial()
+		require.NoErrorf(t, err, "way %d", i)
+		require.NoError(t, answered(t.Context(), func(ctx context.Context) error { _, err := c.Status(ctx); return err }))
+		clients[i] = c
 	}
+	for i := range clients {
+		dial(i)
+	}
+
+	var (
+		start   = time.Now()
+		atLeast = time.Duration(soakReal) / time.Duration(len(ways)+1)
+		polls   = max(20, int(*soakHours*pollsAnHour))
+		slowest time.Duration
+		updates int
+		heap    = make([]sample, 0, 1000) // its growth must not count
+		sampled time.Time
+		k       int
+	)
+	for ; k < polls || time.Since(start) < atLeast; k++ {
+		var wg sync.WaitGroup
+		errs := make([]error, len(clients))
+		before := time.Now()
+		for i, c := range clients {
+			wg.Go(func() { _, errs[i] = c.Status(t.Context()) })
+		}
+		wg.Wait()
+		require.NoErrorf(t, errors.Join(errs...), "poll %d", k)
+		slowest = max(slowest, time.Since(before))
+		if k%pollsAnHour == min(polls, pollsAnHour)-1 {
+			// An hour is over.
+			for i, c := range clients {
+				require.NoErrorf(t, s.update(t.Context(), c, n), "way %d: update %d", i, n)
+				n++
+				updates++
+			}
+			for i, c := range clients { // connections come and go, too
+				_ = c.Close() // says so if the device has ended the connection before
+				dial(i)
+			}
+		}
+		// Not so often that little else is done.
+		if k >= polls/4 && time.Since(start) >= atLeast/4 && k%(max(polls, 16)/16) == 0 && time.Since(sampled) >= atLeast/100 {
+			sampled = time.Now()
+			_, h := settled(0)
+			heap = append(heap, sample{float64(k) / pollsAnHour, float64(h)})
+		}
+	}
+	took := time.Since(start)
+	for _, c := range clients {
+		_ = c.Close()
+	}
+	s.off()
+	for _, w := range s.ways {
+		w.close()
+	}
+	require.NoError(t, d.Chip.Err())
+	require.Eventually(t, func() bool { return runtime.NumGoroutine() <= goroutines+1 }, 30*time.Second, 10*time.Millisecond, // one evaluates this
+		"%d goroutines before", goroutines)
+	require.Equal(t, fds, descriptors(), "open files")
+	grown := heap[len(heap)-1].heap - heap[0].heap
+	t.Logf("%.1f hours of traffic in %v: %d calls of OTA.Status (slowest %v), %d updates; heap %.0f KiB, grown by %.1f KiB, slope %.2f KiB an hour (%d samples); %d goroutines, %d open files before and after",
+		float64(k)/pollsAnHour, took.Round(time.Millisecond), k*len(clients), slowest.Round(time.Microsecond), updates,
+		heap[len(heap)-1].heap/1024, grown/1024, slope(heap)/1024, len(heap), goroutines, fds)
+	require.Less(t, grown, float64(256<<10), "bytes that the heap has grown by")
 }

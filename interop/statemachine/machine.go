@@ -165,7 +165,7 @@ var errRefused = errors.New("refused by the server")
 // through.
 func (m *Machine) do(name string, want Step, op func() error) error {
 	if _, busy := m.Pushing(); busy {
-		want = refuse(ota.ErrBusy)
+		want = Step{Err: ota.ErrBusy}
 	}
 	m.stats.Ops++
 	before, pending := m.state, m.d.Chip.Pending()
@@ -182,7 +182,7 @@ func (m *Machine) do(name string, want Step, op func() error) error {
 		all = []State{end}
 	case m.off() || struck:
 		// Any of them.
-	case err != nil && want.Err != nil && (errors.Is(err, want.Err) || errors.Is(err, errRefused)):
+	case err != nil && want.Err != nil && (want.Answers(err) || errors.Is(err, errRefused)):
 		all = []State{end}
 	default:
 		return fmt.Errorf("%s: error %v, the model says %v\nin state %+v", name, err, want.Err, before)
@@ -260,44 +260,6 @@ func (m *Machine) view(s ota.BootState) (State, error) {
 	return v, err
 }
 
-// View returns the boot state of a simulated device as a state of the model,
-// without the number of the trial.
-func View(s ota.BootState, running ota.SlotID) (State, error) {
-	v := State{
-		Running: running, Active: s.Active, Revert: s.Revert, Committed: s.Committed, Booted: s.Booted,
-		Tries: s.Tries, Timeout: s.CommitTimeout, Floor: s.Floor,
-		Outcome: s.Last.Outcome, Reason: s.Last.Reason, Last: s.Last.Slot,
-	}
-	if s.Last.Outcome != ota.OutcomeNone && s.Last.Trial != s.Trial {
-		return v, fmt.Errorf("the outcome of trial %v, the last one was %v", s.Last.Trial, s.Trial)
-	}
-	for i := range v.Slots {
-		var err error
-		if v.Slots[i], err = viewSlot(s.Slot(ota.SlotID(i))); err != nil {
-			return v, err
-		}
-	}
-	return v, nil
-}
-
-// viewSlot returns what a boot state says of a slot of a simulated device.
-func viewSlot(s ota.SlotState) (Firmware, error) {
-	f := Firmware{Security: s.Security, Approved: s.Approved, Rejected: s.Rejected}
-	switch {
-	case len(s.Parts) == 0:
-		if s.Version != "" || s.BuildID != "" {
-			return f, fmt.Errorf("a slot without content has version %q", s.Version)
-		}
-	case s.Version == "":
-		f.Version = 1
-	default:
-		if _, err := fmt.Sscanf(s.Version, "%d.0", &f.Version); err != nil {
-			return f, fmt.Errorf("version %q: %w", s.Version, err)
-		}
-	}
-	return f, nil
-}
-
 // boot boots the device, which is in one of the given states, until it runs.
 func (m *Machine) boot(possible []State) error {
 	m.hangUp()
@@ -319,12 +281,12 @@ func (m *Machine) boot(possible []State) error {
 		var stored, runs []State
 		dead := false
 		for _, s := range possible {
-			st := s.Boot(m.Env())
-			stored = append(append(stored, s), st.Steps...)
-			if st.Err != nil {
-				dead = true
+			steps, ok := s.Boot(m.Env())
+			stored = append(append(stored, s), steps...)
+			if ok {
+				runs = append(runs, steps[len(steps)-1])
 			} else {
-				runs = append(runs, st.End(s))
+				dead = true
 			}
 		}
 		switch {
@@ -419,28 +381,26 @@ const (
 // ImageFaults is the number of faults, Good included.
 const ImageFaults = int(imageFaults)
 
-// Firmware returns what a state says of the image.
-func (i Image) Firmware() Firmware { return Firmware{Version: i.Version, Security: i.Security} }
-
-// Bad returns what the fault leads to.
-func (f ImageFault) Bad() Bad {
-	switch f {
+// Content returns the image as the model sees it.
+func (i Image) Content() Content {
+	c := Content{Firmware: Firmware{Version: i.Version, Security: i.Security}}
+	switch i.Fault {
 	case Unsigned:
-		return Bad{Early: ota.ErrUnverified}
+		c.Refused = ota.ErrUnverified
 	case OtherPlatform:
-		return Bad{Early: ota.ErrPlatform}
+		c.Refused = ota.ErrPlatform
 	case OtherProduct:
-		return Bad{Early: ota.ErrProduct}
+		c.Refused = ota.ErrProduct
 	case TooLarge:
-		return Bad{Early: ota.ErrTooLarge}
+		c.NoRoom = ota.ErrTooLarge
 	case WrongDigest:
-		return Bad{Late: ota.ErrDigest}
+		c.Corrupt, c.Broken = true, ota.ErrDigest
 	case Short:
-		return Bad{Late: ota.ErrTooSmall}
+		c.Broken = ota.ErrTooSmall
 	case Long:
-		return Bad{Late: ota.ErrTooLarge}
+		c.Broken = ota.ErrTooLarge
 	}
-	return Bad{}
+	return c
 }
 
 // Open returns the image.
@@ -481,7 +441,7 @@ func (i Image) Open() ota.Image {
 // Update installs an image.
 func (m *Machine) Update(i Image, timeout time.Duration, ignoreSame bool) error {
 	m.stats.Updates++
-	want := m.state.Update(m.Env(), i.Firmware(), i.Fault.Bad(), timeout, ignoreSame)
+	want := m.state.Do(m.Env(), Op{Kind: Update, Content: i.Content(), Timeout: timeout, IgnoreSame: ignoreSame})
 	return m.do("update", want, func() error {
 		res, err := m.dev.Update(context.Background(), i.Open(), &ota.UpdateOptions{CommitTimeout: timeout, IgnoreSameVersion: ignoreSame})
 		if err == nil && want.Err == nil {
@@ -496,7 +456,7 @@ func (m *Machine) Update(i Image, timeout time.Duration, ignoreSame bool) error 
 // Commit commits with Device.Commit, or CommitTrial if trial is not 0; a number
 // that was not issued stands for a foreign one.
 func (m *Machine) Commit(trial int) error {
-	return m.do("commit", m.state.Commit(m.Env(), trial), func() error {
+	return m.do("commit", m.state.Do(m.Env(), Op{Kind: Commit, Trial: trial}), func() error {
 		if trial == 0 {
 			return m.dev.Commit(context.Background())
 		}
@@ -510,12 +470,12 @@ func (m *Machine) Commit(trial int) error {
 
 // Revert calls Device.Revert.
 func (m *Machine) Revert() error {
-	return m.do("revert", m.state.RevertNow(ota.ReasonRequested), func() error { return m.dev.Revert(context.Background()) })
+	return m.do("revert", m.state.Do(m.Env(), Op{Kind: Revert, Reason: ota.ReasonRequested}), func() error { return m.dev.Revert(context.Background()) })
 }
 
 // Snapshot calls Device.CreateSnapshot.
 func (m *Machine) Snapshot(setAsRevert bool, timeout time.Duration) error {
-	return m.do("snapshot", m.state.Snapshot(m.Env(), setAsRevert, timeout), func() error {
+	return m.do("snapshot", m.state.Do(m.Env(), Op{Kind: Snapshot, SetAsRevert: setAsRevert, Timeout: timeout}), func() error {
 		_, err := m.dev.CreateSnapshot(context.Background(), &ota.SnapshotOptions{SetAsRevert: setAsRevert, CommitTimeout: timeout})
 		return err
 	})
@@ -523,7 +483,7 @@ func (m *Machine) Snapshot(setAsRevert bool, timeout time.Duration) error {
 
 // SetBootState calls Device.SetBootState.
 func (m *Machine) SetBootState(p ota.BootStatePatch) error {
-	return m.do("set boot state", m.state.SetBootState(m.Env(), p), func() error {
+	return m.do("set boot state", m.state.Do(m.Env(), Op{Kind: SetBootState, Patch: p}), func() error {
 		return m.dev.SetBootState(context.Background(), p)
 	})
 }
@@ -757,17 +717,17 @@ func (m *Machine) newPush(i Image, timeout time.Duration) (*push, error) {
 	if err != nil {
 		return nil, err
 	}
-	bad := i.Fault.Bad()
 	p := &push{zip: zip, args: fmt.Sprintf(`{"commit_timeout":%d,"size":%d}`, timeout/time.Second, len(zip))}
 	p.head = bytes.Index(zip, sim.Content(i.Version, "app")[:64]) + 512
-	p.want = m.state.Update(m.Env(), i.Firmware(), Bad{}, timeout, false)
-	if bad.Late != nil && p.want.Err == nil {
+	c := Content{Firmware: i.Content().Firmware}
+	if i.Fault != Good {
 		// The bytes of part fs are not those of its checksums, which the reader
 		// of the bundle finds out even if they are not needed.
-		p.want = m.state.Update(m.Env(), i.Firmware(), Bad{Late: errRefused}, timeout, false)
-		if p.want.Err == nil {
-			p.want = refuse(errRefused)
-		}
+		c.Broken = errRefused
+	}
+	p.want = m.state.Do(m.Env(), Op{Kind: Update, Content: c, Timeout: timeout})
+	if p.want.Err == nil && c.Broken != nil {
+		p.want = Step{Err: errRefused}
 	}
 	return p, nil
 }
@@ -811,7 +771,7 @@ func (m *Machine) PushBegin(i Image, timeout time.Duration) error {
 		return err
 	}
 	refused := m.state.idle()
-	err = m.do("push begin", refuse(refused), func() error { return m.call("OTA.Begin", p.args) })
+	err = m.do("push begin", Step{Err: refused}, func() error { return m.call("OTA.Begin", p.args) })
 	if m.push = p; refused != nil || err != nil {
 		m.hangUp()
 	}

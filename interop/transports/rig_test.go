@@ -43,7 +43,7 @@ import (
 
 const (
 	deviceID = "esp32_123456"
-	deadline = 20 * time.Second // of every wait for what happens by itself
+	deadline = 60 * time.Second // of every wait for what happens by itself
 	poll     = 5 * time.Millisecond
 )
 
@@ -197,10 +197,15 @@ func genuine(t testing.TB, url string, timeout time.Duration) *dev.MosDevConn {
 // genuinePush runs `mos ota`.
 func genuinePush(t testing.TB, conn *dev.MosDevConn, file string, chunk int) error {
 	t.Helper()
+	return genuinePushUntil(t.Context(), t, conn, file, chunk)
+}
+
+func genuinePushUntil(ctx context.Context, t testing.TB, conn *dev.MosDevConn, file string, chunk int) error {
+	t.Helper()
 	require.NoError(t, pflag.CommandLine.Parse([]string{
 		fmt.Sprint("--chunk-size=", chunk), "--update-timeout=600s", "--commit-timeout=300s", "ota", file,
 	}))
-	return mosota.OTA(t.Context(), conn)
+	return mosota.OTA(ctx, conn)
 }
 
 // everyMethod calls every OTA method with the genuine client.
@@ -438,6 +443,7 @@ type way struct {
 	mu    sync.Mutex
 	conns []net.Conn
 	total int
+	gate  chan struct{} // nil unless blocked
 }
 
 func newWay(t testing.TB, target string, up, down func(packet) []packet) *way {
@@ -462,6 +468,12 @@ func (w *way) run() {
 		a, err := w.l.Accept()
 		if err != nil {
 			return
+		}
+		w.mu.Lock()
+		gate := w.gate
+		w.mu.Unlock()
+		if gate != nil {
+			<-gate
 		}
 		b, err := net.Dial("tcp", w.target)
 		if err != nil {
@@ -506,6 +518,21 @@ func (w *way) cut() {
 		c.Close()
 	}
 	w.conns = nil
+}
+
+// block ends all connections, and lets none through until release is called.
+func (w *way) block() (release func()) {
+	gate := make(chan struct{})
+	w.mu.Lock()
+	w.gate = gate
+	w.mu.Unlock()
+	w.cut()
+	return sync.OnceFunc(func() {
+		w.mu.Lock()
+		w.gate = nil
+		w.mu.Unlock()
+		close(gate)
+	})
 }
 
 func (w *way) connections() int {

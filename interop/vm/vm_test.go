@@ -149,10 +149,10 @@ func TestKernel(t *testing.T) {
 	initrd := filepath.Join(dir, "initrd")
 	require.NoError(t, os.WriteFile(initrd, a.Bytes(), 0o600))
 
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	vm := exec.CommandContext(ctx, qemu, "-M", "pc", "-accel", "tcg", "-cpu", "qemu64", "-m", "512", "-nodefaults", "-no-user-config",
-		"-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", image, "-initrd", initrd, "-append", "console=ttyS0 panic=-1 loglevel=4")
+		"-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", image, "-initrd", initrd, "-append", "console=ttyS0 panic=-1 loglevel=4 no_timer_check")
 	vm.WaitDelay = 10 * time.Second
 	var log bytes.Buffer
 	vm.Stdout, vm.Stderr = &log, io.Discard

@@ -1,6 +1,7 @@
 package mqtt
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -163,7 +164,7 @@ func (ch *Channel) RoundTrip(ctx context.Context, frame []byte, max int) ([]byte
 	}
 	defer cc.calls.Remove(id)
 	// The reply says more than the acknowledgement of the broker.
-	t := cc.client.Publish(ch.device+"/rpc", 1, false, frame)
+	t := cc.client.Publish(ch.device+"/rpc", 1, false, bytes.Clone(frame)) // the library keeps it
 	select {
 	case <-t.Done():
 		if err := t.Error(); err != nil {

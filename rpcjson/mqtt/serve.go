@@ -157,25 +157,18 @@ func (s *server) serve(ctx context.Context) error {
 	ctx, s.stop = context.WithCancelCause(ctx)
 	defer s.wg.Wait()
 	defer s.stop(nil)
-	b := link.Backoff{Min: s.o.MinDelay, Max: s.o.MaxDelay}
 	var lost time.Time // when the device was last connected
-	for {
-		begun := time.Now()
-		served, err := s.session(ctx, lost.IsZero() || begun.Sub(lost) > s.o.ResumeFor)
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
+	b := link.Backoff{Min: s.o.MinDelay, Max: s.o.MaxDelay}
+	return b.Redial(ctx, func() (final bool, err error) {
+		served, err := s.session(ctx, lost.IsZero() || time.Since(lost) > s.o.ResumeFor)
+		if ctx.Err() == nil {
+			s.log.Warn("mqtt connection lost", "broker", s.b.addr, "err", err)
 		}
-		s.log.Warn("mqtt connection lost", "broker", s.b.addr, "err", err)
 		if served {
 			lost = time.Now()
 		}
-		if time.Since(begun) >= s.o.MaxDelay {
-			b.Reset()
-		}
-		if err := b.Wait(ctx); err != nil {
-			return err
-		}
-	}
+		return false, err
+	})
 }
 
 // session is one connection. fresh says that what waits at the broker is to be

@@ -135,3 +135,62 @@ func TestPTYHangup(t *testing.T) {
 	require.Error(t, <-errs)
 	require.NoError(t, p.Close())
 }
+
+// BenchmarkPTY pushes 64 KiB over a line of 115200 baud without pauses between
+// pieces, and reports how fast that is beside what the line allows for the data in
+// base64 alone. The line is two pseudo terminals with a cable between them that takes
+// ten bit times for each byte, each way.
+//
+//	go test -run '^$' -bench PTY -benchtime 1x ./rpcjson/serial
+func BenchmarkPTY(b *testing.B) {
+	const baud, size = 115200, 64 << 10
+	const perByte = 10 * time.Second / baud
+	left, deviceName := openPTY(b)
+	right, clientName := openPTY(b)
+	cable := make(chan error, 2)
+	carry := func(to, from *os.File) {
+		buf := make([]byte, 64) // 5.6 ms
+		free := time.Now()      // when the line has sent what it was given
+		for {
+			n, err := from.Read(buf)
+			if err == nil {
+				if now := time.Now(); free.Before(now) {
+					free = now
+				}
+				free = free.Add(time.Duration(n) * perByte)
+				time.Sleep(time.Until(free)) // it is the line that takes this long
+				_, err = to.Write(buf[:n])
+			}
+			if err != nil {
+				cable <- err
+				return
+			}
+		}
+	}
+	go carry(left, right)
+	go carry(right, left)
+	var got bytes.Buffer
+	srv := newServer(b, &got)
+	ctx, cancel := context.WithCancel(b.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- serial.Serve(ctx, srv, deviceName, nil) }()
+	ch, err := serial.NewChannel(clientName, nil)
+	require.NoError(b, err)
+	c := rpcjson.NewClient(ch, nil)
+	data := testData(size)
+	start, n := time.Now(), 0
+	for b.Loop() {
+		push(b, c, &got, data)
+		n++
+	}
+	bound := time.Duration((size+2)/3*4) * perByte
+	b.ReportMetric(float64(n)*bound.Seconds()/time.Since(start).Seconds(), "of-base64")
+	b.ReportMetric(float64(n)*size/time.Since(start).Seconds(), "B/s")
+	require.NoError(b, c.Close())
+	cancel()
+	require.ErrorIs(b, <-ended, context.Canceled)
+	left.Close()
+	right.Close()
+	<-cable
+	<-cable
+}

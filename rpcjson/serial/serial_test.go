@@ -23,7 +23,7 @@ import (
 )
 
 // newServer returns a server of a device whose updates end up in got.
-func newServer(t *testing.T, got *bytes.Buffer) *rpcjson.Server {
+func newServer(t testing.TB, got *bytes.Buffer) *rpcjson.Server {
 	var slots []ota.Slot
 	for range 2 {
 		slots = append(slots, ota.Slot{Parts: []ota.Part{{Name: "app", Flash: memflash.New(memflash.Config{Size: 64 << 10, EraseSize: 4096})}}})
@@ -48,7 +48,7 @@ func newServer(t *testing.T, got *bytes.Buffer) *rpcjson.Server {
 }
 
 // push pushes data and requires that all of it arrives, although it is no bundle.
-func push(t *testing.T, c *rpcjson.Client, got *bytes.Buffer, data []byte) {
+func push(t testing.TB, c *rpcjson.Client, got *bytes.Buffer, data []byte) {
 	t.Helper()
 	err := c.Push(t.Context(), bytes.NewReader(data), int64(len(data)), nil)
 	require.ErrorContains(t, err, "not a bundle")

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// coalesced bounds what is held back, in bytes.
-const coalesced = 64 << 10
+// coalesced bounds what is held back, in bytes: a message with a chunk of 64 KiB.
+const coalesced = 96 << 10
 
 // coalescer is a connection whose writes can be held back. The library writes a
 // message in pieces of 4 KiB, each of which wakes the reader.

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/coder/websocket"
+
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/internal/link"
 	"github.com/slotota/ota/rpcjson"
@@ -57,30 +59,30 @@ func Connect(ctx context.Context, srv *rpcjson.Server, rawURL string, o *Connect
 		return err
 	}
 	log := opts.Serve.Logger
-	b := link.Backoff{Min: opts.MinDelay, Max: opts.MaxDelay}
-	for {
-		begun := time.Now()
+	bufs := &link.Buffers{}
+	once := func() error {
 		c, _, err := d.dial(ctx)
-		if err == nil {
-			log.Info("websocket connected", "server", d.host)
-			s := &session{
-				c: c, srv: srv, o: opts.Serve, reading: make(chan struct{}, 1),
-				peer: rpcjson.Peer{Channel: "WS_out", Addr: d.host},
-			}
-			err = s.serve(context.WithoutCancel(ctx), ctx)
-		}
-		switch {
-		case ctx.Err() != nil:
-			return context.Cause(ctx)
-		case errors.Is(err, rpcjson.ErrClosed):
+		if err != nil {
 			return err
 		}
-		log.Warn("websocket lost", "server", d.host, "err", err)
-		if time.Since(begun) >= opts.MaxDelay {
-			b.Reset()
-		}
-		if err := b.Wait(ctx); err != nil {
+		conn, end := context.WithCancel(context.WithoutCancel(ctx))
+		defer end()
+		peer := rpcjson.Peer{Channel: "WS_out", Addr: d.host}
+		if err := srv.Admit(conn, &peer); err != nil {
+			_ = c.Close(websocket.StatusTryAgainLater, "")
 			return err
 		}
+		log.Info("websocket connected", "server", d.host)
+		s := &session{c: c, srv: srv, o: opts.Serve, reading: make(chan struct{}, 1), bufs: bufs, peer: peer}
+		return s.serve(conn, ctx)
 	}
+	b := link.Backoff{Min: opts.MinDelay, Max: opts.MaxDelay}
+	return b.Redial(ctx, func() (final bool, err error) {
+		err = once()
+		final = errors.Is(err, rpcjson.ErrClosed)
+		if ctx.Err() == nil && !final {
+			log.Warn("websocket lost", "server", d.host, "err", err)
+		}
+		return final, err
+	})
 }

@@ -200,7 +200,7 @@ func (cc *clientConn) run(ctx context.Context) {
 		_, r, err := cc.c.Reader(ctx)
 		var b []byte
 		if err == nil {
-			b, err = readAll(r, size)
+			b, err = readAll(r, make([]byte, 0, size+512))
 		}
 		if errors.Is(err, websocket.ErrMessageTooBig) {
 			err = fmt.Errorf("reply is too long: %w", ota.ErrTooLarge)

@@ -41,6 +41,7 @@ import (
 
 	"github.com/coder/websocket"
 
+	"github.com/slotota/ota/internal/link"
 	"github.com/slotota/ota/rpcjson"
 )
 
@@ -113,6 +114,7 @@ type Handler struct {
 	srv     *rpcjson.Server
 	o       Options
 	reading chan struct{} // an element for each message being received
+	bufs    link.Buffers  // of messages
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -167,7 +169,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	h.o.Logger.Info("websocket opened", "peer", r.RemoteAddr)
 	s := &session{
-		c: c, srv: h.srv, o: h.o, reading: h.reading, inbound: true, peer: peer,
+		c: c, srv: h.srv, o: h.o, reading: h.reading, bufs: &h.bufs, inbound: true, peer: peer,
 	}
 	err = s.serve(r.Context(), h.ctx)
 	h.o.Logger.Info("websocket closed", "peer", r.RemoteAddr, "err", err)
@@ -244,6 +246,7 @@ type session struct {
 	peer    rpcjson.Peer
 	inbound bool // belongs to one peer: ends with a broken frame, or when idle
 	reading chan struct{}
+	bufs    *link.Buffers
 	size    int          // of the last message
 	busy    atomic.Int32 // messages on their way, in both directions
 
@@ -279,11 +282,13 @@ func (s *session) serve(ctx, stop context.Context) error {
 					return err
 				}
 			}
+			s.bufs.Put(msg)
 			continue
 		}
 		wg.Go(func() {
 			defer s.end()
 			s.call(ctx, cancel, msg)
+			s.bufs.Put(msg)
 		})
 	}
 }
@@ -379,8 +384,8 @@ func closeConn(c *websocket.Conn, cancel context.CancelFunc, code websocket.Stat
 	_ = c.Close(code, reason)
 }
 
-// read returns the next message. Its buffer is new, because a call may go on
-// after its context has ended.
+// read returns the next message, in a buffer of its own: several calls may be under
+// way.
 func (s *session) read(ctx context.Context) ([]byte, error) {
 	_, r, err := s.c.Reader(ctx)
 	if err != nil {
@@ -399,7 +404,7 @@ func (s *session) read(ctx context.Context) ([]byte, error) {
 		defer close(slow)
 		_ = s.c.CloseNow()
 	})
-	b, err := readAll(r, s.size)
+	b, err := readAll(r, s.bufs.Get(s.size+512))
 	if !t.Stop() {
 		<-slow
 		return nil, errSlow
@@ -408,9 +413,8 @@ func (s *session) read(ctx context.Context) ([]byte, error) {
 	return b, err
 }
 
-// readAll is io.ReadAll for what probably is as long as the one before.
-func readAll(r io.Reader, size int) ([]byte, error) {
-	b := make([]byte, 0, size+512)
+// readAll is io.ReadAll into b, which is empty and probably has room for all.
+func readAll(r io.Reader, b []byte) ([]byte, error) {
 	for {
 		n, err := r.Read(b[len(b):cap(b)])
 		b = b[:len(b)+n]

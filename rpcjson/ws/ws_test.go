@@ -44,7 +44,7 @@ func TestVectors(t *testing.T) {
 			}
 		}
 	}
-	readVectors(t, "testdata/websocket.json", &v)
+	readVectors(t, "../testdata/websocket.json", &v)
 	require.Len(t, v.Cases, 5)
 	for _, c := range v.Cases {
 		t.Run(c.Name, func(t *testing.T) {
@@ -120,7 +120,7 @@ func TestVectorsDevice(t *testing.T) {
 			}
 		}
 	}
-	readVectors(t, "testdata/websocket.json", &v)
+	readVectors(t, "../testdata/websocket.json", &v)
 	b := newBoard(t, 256<<10)
 	web := httptest.NewServer(handler(t, b.srv, nil))
 	defer web.Close()
@@ -157,7 +157,7 @@ func TestFrameVectors(t *testing.T) {
 			Closed        string `json:"non_persistent_channel"`
 		}
 	}
-	readVectors(t, "testdata/frames.json", &v)
+	readVectors(t, "../testdata/frames.json", &v)
 	require.Len(t, v.Cases, 27)
 	for _, c := range v.Cases {
 		for _, opcode := range []byte{1, 2} {

@@ -17,6 +17,7 @@ import (
 	"github.com/slotota/ota/boot/grub"
 	"github.com/slotota/ota/boot/systemdboot"
 	"github.com/slotota/ota/boot/uboot"
+	"github.com/slotota/ota/interop/qemu"
 )
 
 // loader is a boot loader that the guest knows.
@@ -25,15 +26,25 @@ type loader struct {
 	// files is the directory of the parts of a slot, with %s for "a" or "b", if
 	// they are files and not partitions.
 	files string
+	// entries says that the one part of a slot is its boot menu entry, a unified
+	// kernel image, whose name changes.
+	entries bool
+	// armed says that the loader starts a watchdog, which nobody can stop.
+	armed bool
 }
+
+// esp is where the EFI system partition is mounted.
+const esp = "/efi"
 
 // loaders by the value of the kernel parameter ota.loader.
 var loaders = map[string]loader{
 	"uboot":        {open: openUBoot},
 	"grub":         {open: openGRUB},
 	"efi":          {open: openEFI},
-	"systemd-boot": {open: openSystemdBoot, files: "/efi/ota/%s/"},
-	"efibootguard": {open: openBootGuard, files: "/config-%s/"},
+	"systemd-boot": {open: openSystemdBoot, files: esp + "/ota/%s/"},
+	"one-shot":     {open: openOneShot, files: esp + "/ota/%s/"},
+	"uki":          {open: openSystemdBoot, entries: true},
+	"efibootguard": {open: openBootGuard, files: "/config-%s/", armed: true},
 }
 
 // openUBoot: the environment has two copies in a partition of its own.
@@ -91,7 +102,7 @@ func openEFI() (driver.Driver, error) {
 		}
 		c.Slots = append(c.Slots, efi.Slot{
 			Description: "ota " + name, Partition: hd, File: `\vmlinuz`,
-			Cmdline: `console=ttyS0 panic=1 quiet ota.loader=efi initrd=\initrd`,
+			Cmdline: qemu.EFICmdline,
 		})
 	}
 	return efi.New(c)
@@ -99,17 +110,32 @@ func openEFI() (driver.Driver, error) {
 
 // openSystemdBoot: all is on the EFI system partition.
 func openSystemdBoot() (driver.Driver, error) {
+	c, err := systemdBoot()
+	if err != nil {
+		return nil, err
+	}
+	return systemdboot.New(c)
+}
+
+func openOneShot() (driver.Driver, error) {
+	c, err := systemdBoot()
+	if err != nil {
+		return nil, err
+	}
+	return systemdboot.NewOneShot(c)
+}
+
+func systemdBoot() (*systemdboot.Config, error) {
 	if err := mountVariables(); err != nil {
 		return nil, err
 	}
-	if err := mount("esp", "/efi", "vfat"); err != nil {
+	if err := mount("esp", esp, "vfat"); err != nil {
 		return nil, err
 	}
-	return systemdboot.New(&systemdboot.Config{Entries: []string{"ota-a", "ota-b"}})
+	return &systemdboot.Config{Root: esp, Entries: []string{"ota-a", "ota-b"}}, nil
 }
 
-// openBootGuard: each slot has a config partition. The driver of the watchdog has
-// stopped the one that the loader has armed.
+// openBootGuard: each slot has a config partition.
 func openBootGuard() (driver.Driver, error) {
 	c := &efibootguard.Config{}
 	for _, name := range slotNames {

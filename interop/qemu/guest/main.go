@@ -7,12 +7,13 @@
 //
 //	update URL SECONDS    install the bundle; SECONDS is the commit timeout
 //	digests PART=N…       hash the first N bytes of parts of the running slot
+//	tool PROGRAM ARG…     run a program of the partition "tools"
 //	commit, revert, reboot, poweroff
-//	hang                  start the watchdog and do nothing more
+//	hang                  stop all goroutines, so that nobody feeds the watchdog
 //
 // Files in the image say what it is: version; parts, the names of the slots' parts;
-// modules, kernel modules in the order to load
-// them; key.pem, that of the bundles; fault, what goes wrong (exit, hang).
+// modules, kernel modules in the order to load them; key.pem, that of the bundles;
+// fault, what goes wrong (exit, hang).
 package main
 
 import (
@@ -27,7 +28,9 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -37,10 +40,12 @@ import (
 	"github.com/slotota/ota"
 	"github.com/slotota/ota/boot/bootrecord"
 	"github.com/slotota/ota/boot/driver"
+	"github.com/slotota/ota/boot/systemdboot"
 	"github.com/slotota/ota/bundle"
 	"github.com/slotota/ota/fetch"
 	"github.com/slotota/ota/flash/fileflash"
 	"github.com/slotota/ota/interop/qemu"
+	"github.com/slotota/ota/watchdog"
 )
 
 // slotNames are what the boot scripts call the slots.
@@ -73,13 +78,14 @@ func main() {
 
 type guest struct {
 	con     *os.File
+	loader  loader
 	version string
 	slots   []ota.Slot
 	dev     *ota.Device
 	policy  *bundle.Policy
 	result  ota.UpdateResult
 	digests map[string]string
-	dog     *os.File
+	watched chan struct{} // closed when the trial is over, if there is one
 }
 
 func (g *guest) say(kind, format string, args ...any) {
@@ -88,6 +94,18 @@ func (g *guest) say(kind, format string, args ...any) {
 
 func (g *guest) run(ctx context.Context) error {
 	if err := loadModules(); err != nil {
+		return err
+	}
+	name, err := driver.CmdlineParam("", "ota.loader")
+	if err != nil {
+		return err
+	}
+	var ok bool
+	if g.loader, ok = loaders[name]; !ok {
+		return fmt.Errorf("no driver for %q", name)
+	}
+	release, err := g.feed(ctx)
+	if err != nil {
 		return err
 	}
 	if err := network(); err != nil {
@@ -110,11 +128,19 @@ func (g *guest) run(ctx context.Context) error {
 		return err
 	}
 	r := g.report()
-	up, _ := os.ReadFile("/proc/uptime")
-	r.Uptime, _, _ = strings.Cut(string(up), " ")
+	if r.Trial {
+		release()
+	}
 	g.tell(qemu.Ready, r)
 	if r.Trial {
+		g.watched = make(chan struct{})
 		go func() {
+			defer close(g.watched)
+			defer func() {
+				if _, err := g.feed(ctx); err != nil {
+					g.say(qemu.Watch, "%v", err)
+				}
+			}()
 			if err := g.dev.Watch(ctx); err != nil {
 				g.say(qemu.Watch, "%v", err)
 			} else {
@@ -151,7 +177,13 @@ func (g *guest) do(ctx context.Context, args []string) error {
 		}
 		return g.update(ctx, args[1], time.Duration(n)*time.Second)
 	case "commit":
-		return g.dev.Commit(ctx)
+		if err := g.dev.Commit(ctx); err != nil {
+			return err
+		}
+		if g.watched != nil {
+			<-g.watched // the watchdog is disarmed
+		}
+		return nil
 	case "revert":
 		return g.dev.Revert(ctx)
 	case "digests":
@@ -163,17 +195,20 @@ func (g *guest) do(ctx context.Context, args []string) error {
 	case "poweroff":
 		unix.Sync()
 		return unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+	case "tool":
+		return g.tool(ctx, args[1:])
 	case "hang":
-		dog, err := os.OpenFile("/dev/watchdog", os.O_WRONLY, 0)
-		if err != nil {
-			return err
-		}
-		g.dog = dog // closing it would be noticed
-		if err := unix.IoctlSetPointerInt(int(dog.Fd()), unix.WDIOC_SETTIMEOUT, 2); err != nil {
+		// Watch may not have armed it yet.
+		if err := eventually(func() error {
+			if state := watchdogState(); state != "active" {
+				return fmt.Errorf("the watchdog is %q", state)
+			}
+			return nil
+		}); err != nil {
 			return err
 		}
 		g.say(qemu.Hang, "with a watchdog")
-		select {}
+		return freeze()
 	}
 	return errors.New("unknown command")
 }
@@ -202,28 +237,106 @@ func (g *guest) update(ctx context.Context, url string, timeout time.Duration) e
 	return err
 }
 
+// uptime is the time since the boot, in seconds. On a busy host a guest's clock may run
+// many times as fast as the host's.
+func uptime() string {
+	b, _ := os.ReadFile("/proc/uptime")
+	up, _, _ := strings.Cut(string(b), " ")
+	return up
+}
+
+// watchdogState is what the kernel says about /dev/watchdog: "active" or "inactive".
+func watchdogState() string {
+	b, err := os.ReadFile("/sys/class/watchdog/watchdog0/state")
+	if err != nil {
+		return err.Error()
+	}
+	return strings.TrimSpace(string(b))
+}
+
+const dogTimeout = 20 * time.Second
+
+// feed feeds the watchdog if the boot loader has armed one, until release is called.
+func (g *guest) feed(ctx context.Context) (release func(), err error) {
+	if !g.loader.armed {
+		return func() {}, nil
+	}
+	w, err := watchdog.Open("", &watchdog.Options{Timeout: dogTimeout})
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-ctx.Done():
+				w.Close()
+				return
+			case <-time.After(dogTimeout / 4):
+				if err := w.Keepalive(ctx); err != nil {
+					g.say(qemu.Watch, "%v", err)
+				}
+			}
+		}
+	}()
+	return func() { cancel(); <-done }, nil
+}
+
+// freeze stops the process, as a bug in it might: one thread waits for ever, and holds
+// what all others need to run Go code.
+func freeze() error {
+	runtime.LockOSThread()
+	runtime.GOMAXPROCS(1)
+	var all unix.Sigset_t
+	for i := range all.Val {
+		all.Val[i] = ^all.Val[i]
+	}
+	// Or the scheduler would interrupt the wait.
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &all, nil); err != nil {
+		return err
+	}
+	for {
+		unix.RawSyscall6(unix.SYS_PPOLL, 0, 0, 0, 0, 0, 0)
+	}
+}
+
+// tool runs a program of the partition "tools", which has its libraries too, and says
+// what it writes.
+func (g *guest) tool(ctx context.Context, args []string) error {
+	const dir = "/tools"
+	if _, err := os.Stat(dir); err != nil {
+		if err := mount("tools", dir, "vfat"); err != nil {
+			return err
+		}
+	}
+	if len(args) == 0 {
+		return errors.New("usage: tool PROGRAM [ARG]")
+	}
+	args = append([]string{"--library-path", dir, filepath.Join(dir, args[0])}, args[1:]...)
+	out, err := exec.CommandContext(ctx, filepath.Join(dir, "ld-linux-x86-64.so.2"), args...).CombinedOutput()
+	for line := range strings.Lines(string(out)) {
+		g.say(qemu.Output, "%s", strings.TrimRight(line, "\n"))
+	}
+	return err
+}
+
 // open opens the device.
 func (g *guest) open(ctx context.Context) error {
 	parts, err := os.ReadFile("/parts")
 	if err != nil {
 		return err
 	}
-	loader, err := driver.CmdlineParam("", "ota.loader")
-	if err != nil {
-		return err
-	}
-	l, ok := loaders[loader]
-	if !ok {
-		return fmt.Errorf("no driver for %q", loader)
-	}
+	l := g.loader
 	d, err := l.open()
 	if err != nil {
 		return err
 	}
-	for _, name := range slotNames {
+	for i := range slotNames {
 		var s ota.Slot
 		for part := range strings.FieldsSeq(string(parts)) {
-			f, err := openPart(l, part, strings.ToLower(name))
+			f, err := openPart(ctx, l, d, part, ota.SlotID(i))
 			if err != nil {
 				return err
 			}
@@ -261,9 +374,10 @@ func (g *guest) open(ctx context.Context) error {
 		Platform: "qemu",
 		Checks:   []ota.Check{{Name: "version", Run: func(context.Context) error { return g.check() }}},
 		Reset:    reset,
+		Watchdog: watchdog.For("", &watchdog.Options{Timeout: dogTimeout, KeepRunning: l.armed}),
 		OnEvent: func(e ota.Event) {
 			if e.Phase != last {
-				g.say(qemu.Phase, "%v", e.Phase)
+				g.say(qemu.Phase, "%v %s", e.Phase, uptime())
 			}
 			last = e.Phase
 		},
@@ -290,6 +404,7 @@ func (g *guest) report() qemu.Report {
 		Running: int(s.Running), Version: g.version, Active: int(s.State.Active), Committed: s.State.Committed, Trial: s.Trial,
 		Outcome: s.State.Last.Outcome.String(), Reason: s.State.Last.Reason.String(), LastSlot: int(s.State.Last.Slot),
 		Stored: s.State.Slot(s.Running).Version, Written: g.result.Written, Skipped: g.result.Skipped,
+		Watchdog: watchdogState(), Uptime: uptime(),
 	}
 	if s.Err != nil {
 		r.Problem = s.Err.Error()
@@ -329,8 +444,9 @@ func digests(s ota.Slot, args []string) (map[string]string, error) {
 	return m, nil
 }
 
-// patience is how long the kernel may take to find disks and network cards.
-const patience = 20 * time.Second
+// patience is how long the kernel may take to find disks and network cards, on a
+// host that is busy.
+const patience = 2 * time.Minute
 
 // eventually calls f until it succeeds.
 func eventually(f func() error) error {
@@ -358,8 +474,16 @@ func partition(name string) (path string, err error) {
 }
 
 // openPart opens a part of a slot: a file, or else a partition such as "kernel-a".
-func openPart(l loader, part, slot string) (*fileflash.File, error) {
-	if l.files != "" {
+func openPart(ctx context.Context, l loader, d driver.Driver, part string, id ota.SlotID) (*fileflash.File, error) {
+	slot := strings.ToLower(slotNames[id])
+	switch {
+	case l.entries:
+		path, err := d.(*systemdboot.Counting).Path(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		return fileflash.Open(esp+path, nil)
+	case l.files != "":
 		return fileflash.Open(fmt.Sprintf(l.files, slot)+part, nil)
 	}
 	return openPartition(part + "-" + slot)

@@ -1,0 +1,5 @@
+//go:build race
+
+package rpcjson
+
+const raceEnabled = true
