@@ -73,7 +73,7 @@ func field(rs []installed, pick func(*installed) float64) (s series) {
 }
 
 func whole(r *installed) float64 { return r.whole }
-func used(r *installed) float64  { return r.User + r.Sys }
+func burnt(r *installed) float64 { return r.User + r.Sys }
 
 // compared makes rows of what beside measured.
 func (b *bench) compared(what string, ours []installed, rivals []*rival) (rs []row) {
@@ -82,7 +82,7 @@ func (b *bench) compared(what string, ours []installed, rivals []*rival) (rs []r
 		r := row{what: what, ours: t.median(), unit: "s", than: v.name, bound: v.took.median(), want: v.want,
 			comments: []string{fmt.Sprintf("theirs %s, CPU %.2f s", v.took, v.cpu.median())}}
 		if i == 0 {
-			r.comments = append(r.comments, fmt.Sprintf("ours   %s, CPU %.2f s", t, field(ours, used).median()))
+			r.comments = append(r.comments, fmt.Sprintf("ours   %s, CPU %.2f s", t, field(ours, burnt).median()))
 		}
 		rs = append(rs, r)
 		what = "  the same"
@@ -333,7 +333,7 @@ func smallChange(b *bench) (rs []row, err error) {
 	t := field(ours, whole)
 	down := row{what: "small change: downloaded", ours: float64(last.Downloaded) / mib, unit: "MiB", than: "casync, chunks of 64 KiB: not installed",
 		comments: []string{fmt.Sprintf("in %d requests, of %.1f MiB; %.1f MiB copied from the other slot", last.Requests, size, float64(last.Copied)/mib)}}
-	took := row{what: "small change: time", ours: t.median(), unit: "s", than: "casync: not installed", comments: []string{fmt.Sprintf("ours   %s, CPU %.2f s", t, field(ours, used).median())}}
+	took := row{what: "small change: time", ours: t.median(), unit: "s", than: "casync: not installed", comments: []string{fmt.Sprintf("ours   %s, CPU %.2f s", t, field(ours, burnt).median())}}
 	if casync != nil {
 		down.than, down.bound, down.want = "casync, chunks of 64 KiB", float64(theirBytes)/mib, 1.3
 		took.than, took.bound, took.want = "casync", theirs.median(), 0.1
