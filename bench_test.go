@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"testing"
 	"time"
 
@@ -159,6 +160,7 @@ func BenchmarkStages(b *testing.B) {
 		{"chunks, everything differs", nil, other, v1, 64 << 10, true, nil},
 		{"chunks, all in place", nil, v1, v1, 64 << 10, false, nil},
 		{"chunks, all in the running slot", v1, other, v1, 64 << 10, false, nil},
+		{"chunks, all in the running slot, moved by a page", slices.Concat(v1[4096:], v1[:4096]), other, v1, 16 << 10, false, nil},
 		{"chunks, some differ", nil, v1, some, 64 << 10, false, nil},
 	} {
 		b.Run(c.name, func(b *testing.B) {

@@ -554,6 +554,38 @@ func TestCopiesFromTheRunningSlot(t *testing.T) {
 	require.Zero(t, res.Copied)
 }
 
+// Files move by pages, not by chunks.
+func TestFindsWhatHasMoved(t *testing.T) {
+	const size, chunk = 5 << 20, 16 << 10
+	cfg := memflash.Config{Size: size}
+	v2 := random(2, size)
+	for name, c := range map[string]struct {
+		v1      []byte
+		changes int64 // chunks that are not in v1, or are passed over
+	}{
+		"there":             {v2, 0},
+		"a page before":     {slices.Concat(v2[4096:], v2[:4096]), 1},
+		"three pages on":    {slices.Concat(v2[size-3*4096:], v2[:size-3*4096]), 1},
+		"here and there":    {slices.Concat(v2[40*4096:70*4096], v2[1001*4096:], v2[:40*4096], v2[70*4096:1001*4096]), 4},
+		"not by pages":      {slices.Concat(v2[100:], v2[:100]), size / chunk},
+		"behind other data": {slices.Concat(random(3, 401*4096), v2[:size-401*4096]), (401*4096+chunk-1)/chunk + 4},
+		"nowhere":           {random(4, size), size / chunk},
+	} {
+		for _, block := range []int{16 << 10, 32 << 10, 80 << 10} {
+			t.Run(fmt.Sprint(name, " ", block), func(t *testing.T) {
+				d := newTarget(t, cfg, ota.Options{BufferSize: block})
+				d.fill(0, c.v1, cfg)
+				res := d.update(&chunked{content: v2, size: chunk})
+				require.True(t, bytes.Equal(v2, d.peek(1, size)))
+				require.EqualValues(t, size, res.Read+res.Copied)
+				if block >= 2*chunk { // else there is no room to look at every page
+					require.LessOrEqual(t, res.Read, c.changes*chunk)
+				}
+			})
+		}
+	}
+}
+
 // lying reads differently the second time.
 type lying struct {
 	ota.Flash

@@ -212,45 +212,58 @@ func (in *installer) blank(f Flash, off, n int64) (bool, error) {
 	return true, nil
 }
 
-// scan reads the first size bytes of r, one buffer ahead, and hands them to fn in
-// order until it returns false.
-func (in *installer) scan(ctx context.Context, r io.ReaderAt, size, step int64, fn func(b []byte) bool) error {
-	step = min(step, size)
+// reading returns two buffers of n bytes at least, which belong to whoever reads
+// flash for the operation.
+func (in *installer) reading(n int64) *[2][]byte {
+	for i := range in.bufs {
+		grow(&in.bufs[i], n)
+	}
+	return &in.bufs
+}
+
+// scan reads the first size bytes of r into bufs, one ahead, and hands them to fn in
+// order. fn is told how many of them are new: it may return how many of the last ones
+// it wants to see once more before those that follow, keep at most.
+func (in *installer) scan(ctx context.Context, r io.ReaderAt, size, keep int64, bufs *[2][]byte, fn func(b []byte, fresh int64) (rest int64)) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	free, full := make(chan []byte, 2), make(chan []byte, 2)
-	for i := range in.bufs {
-		grow(&in.bufs[i], step)
-		free <- in.bufs[i][:step]
+	type piece struct {
+		buf []byte
+		n   int64 // bytes at keep
+	}
+	free, full := make(chan []byte, 2), make(chan piece, 2)
+	for _, b := range bufs {
+		free <- b
 	}
 	var rerr error
 	var reader sync.WaitGroup
 	reader.Go(func() {
 		defer close(full)
-		for off := int64(0); off < size; off += step {
-			b := <-free
+		for off := int64(0); off < size; {
+			p := piece{buf: <-free}
 			if rerr = ctx.Err(); rerr != nil {
 				return
 			}
-			b = b[:min(step, size-off)]
-			if err := readFull(r, b, off); err != nil {
+			p.n = min(int64(len(p.buf))-keep, size-off)
+			if err := readFull(r, p.buf[keep:keep+p.n], off); err != nil {
 				rerr = &Error{Op: "read", Slot: NoSlot, Off: off, Err: err}
 				return
 			}
-			full <- b
+			full <- p
+			off += p.n
 		}
 	})
-	more := true
-	for b := range full {
-		if more = more && fn(b); !more {
-			stop()
+	var last, rest []byte
+	for p := range full {
+		from := keep - int64(copy(p.buf[keep-int64(len(rest)):keep], rest))
+		if last != nil {
+			free <- last
 		}
-		free <- b[:step]
+		b := p.buf[from : keep+p.n]
+		rest = b[int64(len(b))-fn(b, p.n):]
+		last = p.buf
 	}
 	reader.Wait()
-	if !more {
-		return nil
-	}
 	return rerr
 }
 
@@ -264,11 +277,11 @@ func (in *installer) digest(ctx context.Context, f Flash, size int64) (sum [32]b
 		r = d
 	}
 	h, done := sha256.New(), int64(0)
-	err = in.scan(ctx, r, size, in.blockSize(f), func(b []byte) bool {
+	err = in.scan(ctx, r, size, 0, in.reading(in.blockSize(f)), func(b []byte, n int64) int64 {
 		h.Write(b)
-		done += int64(len(b))
+		done += n
 		in.progress(PhaseVerifying, done, size)
-		return true
+		return 0
 	})
 	h.Sum(sum[:0])
 	return sum, err

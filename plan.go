@@ -2,14 +2,23 @@ package ota
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"io"
 	"slices"
 	"sort"
+	"sync"
 )
 
-// samples is how many chunks of a slot are tried before all of them are hashed.
-const samples = 64
+const (
+	// samples is how many chunks of a slot are tried before all of them are hashed.
+	samples = 64
+	// maxSliding is the largest chunk that is looked for at every page: where
+	// nothing is found, each byte is hashed as often as a chunk has pages.
+	maxSliding = 64 << 10
+	// maxMisses is how many pages in a row are tried before the steps get longer.
+	maxMisses = 64
+)
 
 // Where the bytes of a chunk come from.
 const (
@@ -35,7 +44,8 @@ type plan struct {
 	others []source
 }
 
-// plan finds out what need not be read from the image, and selects the rest.
+// plan finds out what need not be read from the image, and selects the rest. The
+// target and the other slots are hashed side by side.
 func (p *pipe) plan() error {
 	sel, ok := p.job.data.(Selector)
 	chunks := p.job.want.Chunks
@@ -44,11 +54,25 @@ func (p *pipe) plan() error {
 	}
 	pl := &plan{chunks: chunks, size: p.size, others: p.job.others}
 	pl.from = bytes.Repeat([]byte{fromData}, len(chunks.SHA256))
-	if err := p.planTarget(pl); err != nil {
+	s := p.newSearch(pl)
+	var aside sync.WaitGroup
+	aside.Go(s.run)
+	err := p.planTarget(pl)
+	if err != nil || bytes.IndexByte(pl.from, fromData) < 0 {
+		s.stop()
+	}
+	close(s.alone)
+	aside.Wait()
+	if err != nil {
 		return err
 	}
-	if err := p.planOthers(pl); err != nil {
+	if err := p.ctx.Err(); err != nil {
 		return err
+	}
+	for i, from := range pl.from {
+		if from == fromData && s.from != nil && s.from[i] != inPlace {
+			pl.from[i], pl.at = s.from[i], s.at
+		}
 	}
 	for i, from := range pl.from {
 		if from == fromData || from >= fromOther {
@@ -65,17 +89,17 @@ func (p *pipe) planTarget(pl *plan) error {
 		return nil // what reads well now may not when it is copied
 	}
 	r := p.medium()
-	pays, err := p.pays(r, p.size, func(i int64, sum [32]byte) bool { return sum == pl.chunks.SHA256[i] })
-	if err != nil || !pays {
-		return err
+	bufs := p.in.reading(p.block)
+	if !p.pays(p.ctx, r, p.size, pl.chunks.Size, bufs[0], func(i int64, sum [32]byte) bool { return sum == pl.chunks.SHA256[i] }) {
+		return p.ctx.Err()
 	}
-	err = p.hashes(r, p.size, func(i int64, sum [32]byte) bool {
+	tell := func(done, total int64) { p.in.progress(PhaseChecking, done, total) }
+	p.hashes(p.ctx, r, p.size, bufs, tell, func(i int64, sum [32]byte) {
 		if sum == pl.chunks.SHA256[i] {
 			pl.from[i] = inPlace
 		}
-		return true
 	})
-	if err != nil || p.size == 0 {
+	if err := p.ctx.Err(); err != nil || p.size == 0 {
 		return err
 	}
 	// Behind the data the last erase unit has to be blank.
@@ -100,59 +124,123 @@ func (p *pipe) planTarget(pl *plan) error {
 	return nil
 }
 
-// planOthers finds chunks in other slots.
-func (p *pipe) planOthers(pl *plan) error {
-	if len(pl.others) == 0 {
-		return nil
+// search looks for chunks in other slots.
+type search struct {
+	p     *pipe
+	pl    *plan // its from is not looked at
+	ctx   context.Context
+	stop  context.CancelFunc
+	bufs  [2][]byte
+	order []uint32      // the chunks, by their digests
+	alone chan struct{} // closed when nobody else reports progress
+	step  int64         // chunks lie at multiples of it
+
+	// Where chunks were found, as in plan; inPlace where they were not.
+	from []uint8
+	at   []int64
+}
+
+// newSearch returns a search that has memory of its own: two blocks that are not in
+// use yet.
+func (p *pipe) newSearch(pl *plan) *search {
+	s := &search{p: p, pl: pl, alone: make(chan struct{}), step: pl.chunks.Size}
+	s.ctx, s.stop = context.WithCancel(p.ctx)
+	for i, b := range p.in.pool(2, p.block) {
+		s.bufs[i] = b.buf[:p.block]
 	}
-	var missing []uint32 // by digest
-	for i, from := range pl.from {
-		if from == fromData {
-			missing = append(missing, uint32(i))
-		}
+	if n := pl.chunks.Size; n%pageSize == 0 && n <= maxSliding && 2*n <= p.block {
+		s.step = pageSize
 	}
-	digest := func(k int) []byte { return pl.chunks.SHA256[missing[k]][:] }
-	slices.SortFunc(missing, func(a, b uint32) int {
-		return bytes.Compare(pl.chunks.SHA256[a][:], pl.chunks.SHA256[b][:])
-	})
-	// find calls fn for each missing chunk with this digest.
-	find := func(sum [32]byte, fn func(i uint32)) (found bool) {
-		k := sort.Search(len(missing), func(k int) bool { return bytes.Compare(digest(k), sum[:]) >= 0 })
-		for ; k < len(missing) && bytes.Equal(digest(k), sum[:]); k++ {
-			fn(missing[k])
-			found = true
-		}
-		return found
+	return s
+}
+
+// run searches all other slots. What cannot be read has nothing to offer.
+func (s *search) run() {
+	defer s.stop()
+	if len(s.pl.others) == 0 || len(s.pl.from) == 0 {
+		return
 	}
-	left := len(missing)
-	for n, s := range pl.others {
-		if left == 0 {
-			return nil
+	s.order = make([]uint32, len(s.pl.from))
+	for i := range s.order {
+		s.order[i] = uint32(i)
+	}
+	slices.SortFunc(s.order, func(a, b uint32) int { return bytes.Compare(s.digest(a), s.digest(b)) })
+	s.from, s.at = make([]uint8, len(s.pl.from)), make([]int64, len(s.pl.from))
+	for n, o := range s.pl.others {
+		if n > 0 {
+			// It is known by now what is missing.
+			select {
+			case <-s.alone:
+			case <-s.ctx.Done():
+				return
+			}
+			missing := false
+			for i, from := range s.pl.from {
+				missing = missing || from == fromData && s.from[i] == inPlace
+			}
+			if !missing {
+				return
+			}
 		}
-		pays, err := p.pays(s.f, s.size, func(_ int64, sum [32]byte) bool { return find(sum, func(uint32) {}) })
-		if err != nil {
-			return err
-		}
-		if !pays {
-			continue
-		}
-		if pl.at == nil {
-			pl.at = make([]int64, len(pl.from))
-		}
-		err = p.hashes(s.f, s.size, func(at int64, sum [32]byte) bool {
-			find(sum, func(i uint32) {
-				if pl.from[i] == fromData {
-					pl.from[i], pl.at[i] = fromOther+uint8(n), at*pl.chunks.Size
-					left--
+		found := func(sum [32]byte, at int64) bool {
+			return s.find(sum, func(i uint32) {
+				if s.from[i] == inPlace {
+					s.from[i], s.at[i] = fromOther+uint8(n), at
 				}
 			})
-			return left > 0
-		})
-		if err != nil {
-			return err
+		}
+		if s.p.pays(s.ctx, o.f, o.size, s.step, s.bufs[0], func(_ int64, sum [32]byte) bool { return s.find(sum, nil) }) {
+			if s.step < s.pl.chunks.Size {
+				s.slide(o, found)
+			} else {
+				s.p.hashes(s.ctx, o.f, o.size, &s.bufs, s.progress, func(i int64, sum [32]byte) { found(sum, i*s.pl.chunks.Size) })
+			}
 		}
 	}
-	return nil
+}
+
+func (s *search) digest(i uint32) []byte { return s.pl.chunks.SHA256[i][:] }
+
+// find calls fn for each chunk with this digest, and reports whether there is one.
+func (s *search) find(sum [32]byte, fn func(i uint32)) (found bool) {
+	k := sort.Search(len(s.order), func(k int) bool { return bytes.Compare(s.digest(s.order[k]), sum[:]) >= 0 })
+	for ; k < len(s.order) && bytes.Equal(s.digest(s.order[k]), sum[:]); k++ {
+		if found = true; fn == nil {
+			break
+		}
+		fn(s.order[k])
+	}
+	return found
+}
+
+func (s *search) progress(done, total int64) {
+	select {
+	case <-s.alone:
+		s.p.in.progress(PhaseChecking, done, total)
+	default: // the target has its turn
+	}
+}
+
+// slide looks for chunks at all multiples of a page, because that is where file systems
+// put files. Behind one that was found the next one is expected; where nothing is found
+// for long, steps are longer than a chunk by a page, and so come to each place that a
+// chunk can begin at. So a slot is hashed once, and a little more.
+func (s *search) slide(o source, found func(sum [32]byte, at int64) bool) {
+	chunk := s.pl.chunks.Size
+	end, pos, misses := int64(0), int64(0), 0
+	_ = s.p.in.scan(s.ctx, o.f, o.size, chunk, &s.bufs, func(b []byte, fresh int64) (rest int64) {
+		end += fresh
+		from := end - int64(len(b)) // of b
+		for ; pos+chunk <= end; misses++ {
+			if found(sha256.Sum256(b[pos-from:][:chunk]), pos) {
+				pos, misses = pos+chunk, -1
+			} else if pos += pageSize; misses >= maxMisses {
+				pos += chunk
+			}
+		}
+		s.progress(end, o.size)
+		return max(end-pos, 0)
+	})
 }
 
 // planUnits has the chunks that share a unit with chunk i loaded, too: units are
@@ -173,62 +261,62 @@ func (p *pipe) planUnits(pl *plan, i int) {
 
 // pays reports whether it is worth hashing all chunks of r: whether some of a
 // sample, the first one in it, match. Chunks of one byte repeated, which match by
-// accident, do not count beside others.
-func (p *pipe) pays(r io.ReaderAt, size int64, match func(i int64, sum [32]byte) bool) (bool, error) {
+// accident, do not count beside others. Chunks may lie at multiples of step.
+func (p *pipe) pays(ctx context.Context, r io.ReaderAt, size, step int64, buf []byte, match func(i int64, sum [32]byte) bool) bool {
 	chunk := p.job.want.Chunks.Size
 	n := size / chunk
 	if n <= 4*samples {
-		return true, nil
+		return true
 	}
-	grow(&p.in.old, max(chunk, p.block))
 	plain, others := false, false
+	var sum [32]byte
+	h := sha256.New()
 	for k := range int64(samples) {
-		if err := p.ctx.Err(); err != nil {
-			return false, err
-		}
-		i := k * (n - 1) / (samples - 1)
-		b := p.in.old[:chunk]
-		if readFull(r, b, i*chunk) != nil {
-			continue
-		}
-		matches := match(i, sha256.Sum256(b))
-		if !all(b, b[0]) {
-			if matches {
-				return true, nil
+		i := k * (n - 2) / (samples - 1)
+		off := i*chunk + k*step%chunk
+		h.Reset()
+		same := true // one byte, repeated
+		for end := off + chunk; off < end; {
+			b := buf[:min(int64(len(buf)), end-off)]
+			if ctx.Err() != nil || readFull(r, b, off) != nil {
+				break
 			}
+			h.Write(b)
+			same = same && all(b, b[0])
+			off += int64(len(b))
+		}
+		switch matches := match(i, [32]byte(h.Sum(sum[:0]))); {
+		case !same && matches:
+			return true
+		case !same:
 			others = true
-		} else if matches {
+		case matches:
 			plain = true
 		}
 	}
-	return plain && !others, nil
+	return plain && !others
 }
 
 // hashes calls fn with the digest of each chunk of the first size bytes of r, until
-// it returns false or r cannot be read.
-func (p *pipe) hashes(r io.ReaderAt, size int64, fn func(i int64, sum [32]byte) bool) error {
+// it cannot be read: what comes then is as if it were something else.
+func (p *pipe) hashes(ctx context.Context, r io.ReaderAt, size int64, bufs *[2][]byte, progress func(done, total int64), fn func(i int64, sum [32]byte)) {
 	chunk, pos, h := p.job.want.Chunks.Size, int64(0), sha256.New()
 	var sum [32]byte
-	err := p.in.scan(p.ctx, r, size, p.block, func(b []byte) bool {
+	_ = p.in.scan(ctx, r, size, 0, bufs, func(b []byte, _ int64) int64 {
 		for len(b) > 0 {
 			i := pos / chunk
 			n := min(int64(len(b)), min((i+1)*chunk, size)-pos)
 			h.Write(b[:n])
 			b, pos = b[n:], pos+n
 			if pos == size || pos%chunk == 0 {
-				if h.Sum(sum[:0]); !fn(i, sum) {
-					return false
-				}
+				h.Sum(sum[:0])
+				fn(i, sum)
 				h.Reset()
 			}
 		}
-		p.in.progress(PhaseChecking, pos, size)
-		return true
+		progress(pos, size)
+		return 0
 	})
-	if err != nil {
-		return p.ctx.Err() // what cannot be read is written anew
-	}
-	return nil
 }
 
 // ranges returns what is to be read from the image.

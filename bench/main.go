@@ -331,12 +331,12 @@ func makeUp(old, new string, size int64) error {
 	return os.WriteFile(new, v2.Bytes(), 0o600)
 }
 
-// bundle returns the path of the bundle of the new image that is packed like this.
-func (b *bench) bundle(name string, k bundle.Packing) (string, error) {
+// bundle returns the path of the bundle of an image that is packed like this.
+func (b *bench) bundle(name, image string, k bundle.Packing) (string, error) {
 	if path := b.made[name]; path != "" {
 		return path, nil
 	}
-	f, err := os.Open(b.new)
+	f, err := os.Open(image)
 	if err != nil {
 		return "", err
 	}
@@ -359,8 +359,8 @@ func (b *bench) bundle(name string, k bundle.Packing) (string, error) {
 }
 
 // The bundles of most rows.
-func (b *bench) stored() (string, error) { return b.bundle("stored", bundle.Packing{}) }
-func (b *bench) zstd() (string, error)   { return b.bundle("zstd", b.pack) }
+func (b *bench) stored() (string, error) { return b.bundle("stored", b.new, bundle.Packing{}) }
+func (b *bench) zstd() (string, error)   { return b.bundle("zstd", b.new, b.pack) }
 
 // fill puts an image into a slot, and leaves none of the slot in the page cache.
 func (b *bench) fill(slot int, image string) error {

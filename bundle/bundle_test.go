@@ -400,6 +400,26 @@ func TestErrorWithTheLastByte(t *testing.T) {
 	require.ErrorIs(t, err, bundle.ErrDigest)
 }
 
+// Who reads a part of a signed bundle has its SHA-256 to check; who has the bundle
+// checked gets everything checked.
+func TestSHA1BesideSHA256(t *testing.T) {
+	k := newKey(t)
+	p := &bundle.Policy{Keys: []*ecdsa.PublicKey{&k.PublicKey}}
+	m := fmt.Sprintf(`{"parts":{"app":{"src":"app.bin","size":%d,"cs_sha1":%q,"cs_sha256":%q}}}`, len(appData), sum1(fsData), sum256(appData))
+	a := &archive{entries: []entry{{name: "manifest.json", data: m, extra: sign(t, k, m)}, {name: "app.bin", data: appData}}}
+	got, _, err := content(t.Context(), p, bytes.NewReader(a.bytes()))
+	require.NoError(t, err)
+	require.Equal(t, map[string]string{"app": appData}, got)
+	_, err = p.Verify(t.Context(), bytes.NewReader(a.bytes()))
+	require.ErrorIs(t, err, bundle.ErrDigest)
+	require.ErrorContains(t, err, "SHA-1")
+
+	// Everything is as it was where nobody has signed.
+	a.entries[0].extra = ""
+	_, _, err = content(t.Context(), lax, bytes.NewReader(a.bytes()))
+	require.ErrorIs(t, err, bundle.ErrDigest)
+}
+
 func TestNoUpdate(t *testing.T) {
 	m := fmt.Sprintf(`{"parts":{"boot":{"src":"boot.bin","size":%d,"cs_sha256":%q,"update":false},`+
 		`"rf":{"size":4,"fill":0,"update":false},"nvs":{"size":3,"fill":7,"update":true}}}`, len(appData), sum256(appData))

@@ -20,10 +20,11 @@ import (
 const (
 	DefaultFrame = 64 << 10
 	DefaultLevel = 3 // of zstd
-	// MinDefaultChunk is the size of chunks where no other is chosen: the block
-	// of file systems and the smallest erase unit of NOR flash. It is doubled as
-	// long as a part has more than 65536 of them, whose digests take 2 MiB.
-	MinDefaultChunk = 4 << 10
+	// MinDefaultChunk is the size of chunks where no other is chosen. A device looks
+	// for them at every page of its other slots, and so they may be larger than what
+	// files move by. It is doubled as long as a part has more than 65536 of them,
+	// whose digests take 2 MiB.
+	MinDefaultChunk = 16 << 10
 )
 
 // Packing says how [Write] stores a part. The zero value stores it as it is,

@@ -274,7 +274,7 @@ func TestSelect(t *testing.T) {
 func TestSelectOne(t *testing.T) {
 	const frame, chunk = 16 << 10, 4 << 10
 	data := text(64*frame, 1)
-	file := pack(t, map[string][]byte{"a": data}, map[string]bundle.Packing{"a": {Encoding: bundle.EncodingZstd, Frame: frame}}, nil)
+	file := pack(t, map[string][]byte{"a": data}, map[string]bundle.Packing{"a": {Encoding: bundle.EncodingZstd, Frame: frame, Chunk: chunk}}, nil)
 	src := source(file)
 	b, err := lax.OpenRanges(t.Context(), src)
 	require.NoError(t, err)

@@ -27,15 +27,16 @@ import (
 // directory and end record to the last byte and holds them against all that
 // was read before.
 //
-// Of a part's data the size, the CRC-32 and, if the manifest has one, the
-// SHA-1 are checked by the time the last byte is returned; an error comes with
-// that byte, again from every later Read, and from Next. Of a part that is
-// stored as zstd every frame is checked before it is decoded. The SHA-256 of a
-// part whose data the caller reads is the caller's to check, because
-// [ota.Device.Update] does so anyway. Next checks all of that, and the SHA-256
-// of the stored bytes, for parts of which nothing was read, and for those that
-// are not to be installed. When a part was read to some point but not to its
-// end, Next checks all but the SHA-256.
+// Of a part's data the size and the CRC-32 are checked by the time the last byte is
+// returned; an error comes with that byte, again from every later Read, and from
+// Next. So it is with the SHA-1 that the manifest may have, if the bundle is
+// unsigned. Of a part that is stored as zstd every frame is checked before it is
+// decoded. The SHA-256 of a part whose data the caller reads is the caller's to
+// check, because [ota.Device.Update] does so anyway; in a signed bundle, where each
+// part has one, SHA-1 of the same bytes would take as long and prove nothing more.
+// Next checks all of that, and the SHA-256 of the stored bytes, for parts of which
+// nothing was read, and for those that are not to be installed. When a part was read
+// to some point but not to its end, Next checks what is checked for who reads it all.
 //
 // A Reader of a [Source] reads no more of it than it has to. Next passes over
 // what was not read of a part, and over parts that are not to be installed:
@@ -746,8 +747,9 @@ type data struct {
 	in         packed    // what body reads
 	some       bool      // only wanted is to be yielded
 	wanted     []ota.Range
+	thorough   bool      // the caller sees nothing of it, and checks nothing
 	crc        uint32    // of the content
-	sha1       hash.Hash // nil if the manifest has none
+	sha1       hash.Hash // nil if it is not to be checked
 	err        error     // once nothing is left
 }
 
@@ -758,7 +760,7 @@ func newData(r *Reader, e *entry, q *Part) *data {
 
 // begin prepares the first Read.
 func (d *data) begin() error {
-	if d.q.SHA1 != nil && !d.some {
+	if d.q.SHA1 != nil && !d.some && (d.thorough || d.r.info.Unsigned) {
 		d.sha1 = sha1.New()
 	}
 	switch {
@@ -865,6 +867,7 @@ func (d *data) drain() error {
 	}
 	var c *checker
 	if d.body == nil && d.q.SHA256 != nil {
+		d.thorough = true
 		c = &checker{whole: sha256.New()}
 		if st := d.q.Storage; st != nil && st.Encoding == EncodingZstd {
 			d.in.sum = sha256.New()

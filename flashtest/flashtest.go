@@ -39,6 +39,13 @@ import (
 //	read-end          a read across the end returns what is inside with io.EOF, one
 //	                  beyond it nothing, one before the start an error
 //	sync              Sync succeeds, and keeps what was written
+//	io-size           IOSize is not negative, and never changes
+//	direct            an ota.DirectReader shows what was written as soon as that is
+//	                  done, at any offset and length, to the end and not beyond
+//	zero              ota.Zeroer, on media that need no erasing: what it was given is
+//	                  zero, and all other bytes are left alone; if it cannot, nothing
+//	                  has changed
+//	zero-bounds       nor has it where not all is inside the flash, which is refused
 //	concurrent        reads are independent of each other and of writes elsewhere
 //	region            all that holds for an ota.Region of the flash
 //	panic             no method panics
@@ -66,7 +73,7 @@ func (v *Violation) Unwrap() error { return v.Err }
 func Test(f ota.Flash) error {
 	t := &test{f: f}
 	for _, step := range []func(){t.geometry, t.basics, t.readEnd, t.writeBounds, t.writeAlign,
-		t.eraseBounds, t.neighbours, t.concurrent, t.region} {
+		t.eraseBounds, t.neighbours, t.direct, t.zero, t.concurrent, t.region} {
 		t.guard(step)
 		if t.stop {
 			break
@@ -100,6 +107,7 @@ const (
 	first         // patterns
 	second
 	third
+	zeros
 )
 
 const (
@@ -240,8 +248,12 @@ func (t *test) last() block { return t.blocks[len(t.blocks)-1] }
 
 // fill fills p with what a block with the given content has at off.
 func (t *test) fill(p []byte, content int, off int64) {
-	if content == erased {
+	switch content {
+	case erased:
 		copy(p, bytes.Repeat([]byte{ota.ErasedByte(t.f)}, len(p)))
+		return
+	case zeros:
+		clear(p)
 		return
 	}
 	for i := range p {
@@ -586,6 +598,68 @@ func (t *test) concurrent() {
 	}
 	wg.Wait()
 	t.expect("concurrent", b, first, "after writing beside reads")
+}
+
+// direct reads past what may be a cache, while what was written is not synced.
+func (t *test) direct() {
+	if s, ok := t.f.(ota.IOSizer); ok {
+		if n := s.IOSize(); n < 0 || n != s.IOSize() {
+			t.fail("io-size", "%d bytes, then %d", n, s.IOSize())
+		}
+	}
+	d := ota.Direct(t.f)
+	if d == nil {
+		return
+	}
+	b := t.last() // first is in it
+	for _, content := range []int{second, first} {
+		t.rewrite(b, content)
+		for _, r := range []block{{0, min(b.n, chunkSize)}, {1, min(b.n, chunkSize) - 1}, {b.n / 2, 1}, {b.n / 3, b.n - b.n/3}, {max(0, b.n-3), 8}, {b.n, 1}} {
+			r.n = min(r.n, chunkSize)
+			inside := min(r.n, b.n-r.off)
+			got, want := make([]byte, r.n), make([]byte, inside)
+			t.fill(want, content, b.off+r.off)
+			n, err := d.ReadAt(got, b.off+r.off)
+			switch {
+			case int64(n) != inside || !bytes.Equal(got[:inside], want):
+				t.fail("direct", "%d bytes at %d: %d were read (%v), or others than were written", r.n, b.off+r.off, n, err)
+			case inside < r.n && !errors.Is(err, io.EOF), err != nil && (!errors.Is(err, io.EOF) || r.off+r.n < b.n):
+				t.fail("direct", "%d bytes at %d, in a flash of %d: %v", r.n, b.off+r.off, t.size, err)
+			}
+		}
+	}
+}
+
+// zero has bytes made zero.
+func (t *test) zero() {
+	z, ok := t.f.(ota.Zeroer)
+	if !ok || t.eraser != nil {
+		return
+	}
+	b := t.blocks[1]
+	for _, r := range []block{{0, b.n}, {0, 0}, {t.ws, t.ws}, {min(512, b.n), max(0, min(1024, b.n-512))}, {b.n - 1, 1}} {
+		r.n = min(r.n, b.n-r.off)
+		inside := zeros
+		switch err := z.Zero(b.off+r.off, r.n); {
+		case errors.Is(err, ota.ErrUnsupported):
+			inside = first
+		case err != nil:
+			t.fail("zero", "%d bytes at %d: %w", r.n, b.off+r.off, err)
+		}
+		t.expect("zero", block{b.off, r.off}, first, "before what was made zero")
+		t.expect("zero", block{b.off + r.off, r.n}, inside, "after it was to be made zero")
+		t.expect("zero", block{b.off + r.off + r.n, b.n - r.off - r.n}, first, "behind what was made zero")
+		t.rewrite(b, first)
+	}
+	for _, r := range []block{{t.size, t.ws}, {t.size - t.ws, 2 * t.ws}, {t.far(), t.ws}, {-t.ws, 2 * t.ws}, {t.ws, -t.ws}} {
+		t.refused("zero-bounds", "making zero", r.off, r.n, z.Zero(r.off, r.n))
+	}
+	if n := t.f.Size(); n != t.size {
+		t.fail("zero-bounds", "the flash had %d bytes and has %d now", t.size, n)
+	}
+	for _, b := range t.blocks {
+		t.expect("zero-bounds", b, first, "after making zero what is outside")
+	}
 }
 
 // region uses a part of the flash.

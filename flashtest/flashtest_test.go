@@ -444,3 +444,101 @@ func TestNoTesting(t *testing.T) {
 	require.NoError(t, err)
 	require.NotContains(t, strings.Fields(string(out)), "testing")
 }
+
+// optional is a flash that needs no erasing, with all that is optional.
+type optional struct {
+	ota.Flash
+	size func() int64
+	at   func(f ota.Flash, p []byte, off int64) (int, error) // reads past the cache
+	zero func(f ota.Flash, off, n int64) error
+}
+
+func (o *optional) IOSize() int64             { return o.size() }
+func (o *optional) DirectReader() io.ReaderAt { return past{o} }
+func (o *optional) Zero(off, n int64) error   { return o.zero(o.Flash, off, n) }
+
+type past struct{ o *optional }
+
+func (p past) ReadAt(b []byte, off int64) (int, error) { return p.o.at(p.o.Flash, b, off) }
+
+func TestOptional(t *testing.T) {
+	outside := errors.New("outside")
+	zero := func(f ota.Flash, off, n int64) error {
+		if off < 0 || n < 0 || off > f.Size()-n {
+			return outside
+		}
+		_, err := f.WriteAt(make([]byte, n), off)
+		return err
+	}
+	read := func(f ota.Flash, p []byte, off int64) (int, error) { return f.ReadAt(p, off) }
+	var stale []byte
+	calls := int64(0)
+	for name, c := range map[string]struct {
+		spoil func(o *optional)
+		want  string // the first rule that is broken
+	}{
+		"good": {func(*optional) {}, ""},
+		"cannot zero": {func(o *optional) {
+			o.zero = func(f ota.Flash, off, n int64) error {
+				if off < 0 || n < 0 || off > f.Size()-n {
+					return outside
+				}
+				return ota.ErrUnsupported
+			}
+		}, ""},
+		"negative size": {func(o *optional) { o.size = func() int64 { return -1 } }, "io-size"},
+		"changing size": {func(o *optional) { o.size = func() int64 { calls++; return calls } }, "io-size"},
+		"stale": {func(o *optional) {
+			stale = nil
+			o.at = func(f ota.Flash, p []byte, off int64) (int, error) {
+				if stale == nil {
+					stale = make([]byte, f.Size())
+					_, _ = f.ReadAt(stale, 0)
+				}
+				return bytes.NewReader(stale).ReadAt(p, off)
+			}
+		}, "direct"},
+		"aligned only": {func(o *optional) {
+			o.at = func(f ota.Flash, p []byte, off int64) (int, error) { return f.ReadAt(p, off&^511) }
+		}, "direct"},
+		"beyond the end": {func(o *optional) {
+			o.at = func(f ota.Flash, p []byte, off int64) (int, error) {
+				n, _ := f.ReadAt(p, off)
+				return n, nil
+			}
+		}, "direct"},
+		"zeroes too little": {func(o *optional) {
+			o.zero = func(f ota.Flash, off, n int64) error { return zero(f, off, max(n-1, min(n, 0))) }
+		}, "zero"},
+		"zeroes too much": {func(o *optional) {
+			o.zero = func(f ota.Flash, off, n int64) error {
+				if end := off + n; n > 0 && end < f.Size() {
+					n++
+				}
+				return zero(f, off, n)
+			}
+		}, "zero"},
+		"says it cannot": {func(o *optional) {
+			o.zero = func(f ota.Flash, off, n int64) error {
+				if err := zero(f, off, n); err != nil {
+					return err
+				}
+				return ota.ErrUnsupported
+			}
+		}, "zero"},
+		"fails": {func(o *optional) { o.zero = func(ota.Flash, int64, int64) error { return outside } }, "zero"},
+		"zeroes what is inside": {func(o *optional) {
+			o.zero = func(f ota.Flash, off, n int64) error {
+				off, end := max(off, 0), min(off+max(n, 0), f.Size())
+				return zero(f, min(off, end), end-min(off, end))
+			}
+		}, "zero-bounds"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := &optional{memflash.New(memflash.Config{Size: 64 << 10}), func() int64 { return 4096 }, read, zero}
+			c.spoil(o)
+			broken := append(rules(Test(o)), "")
+			require.Equal(t, c.want, broken[0])
+		})
+	}
+}

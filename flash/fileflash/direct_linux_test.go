@@ -91,6 +91,59 @@ func TestDirect(t *testing.T) {
 	})
 }
 
+// picky refuses to write past the cache what does not please it, after some of it.
+type picky struct {
+	handle
+	after   int
+	err     error
+	refused int
+}
+
+func (p *picky) WriteAt(b []byte, off int64) (int, error) {
+	p.refused++
+	n, err := p.handle.WriteAt(b[:min(p.after, len(b))], off)
+	if err == nil {
+		err = p.err
+	}
+	return n, err
+}
+
+// Where the file system takes O_DIRECT, but not for this write, it goes through the
+// cache, and what is read past it is the same. Other errors come through.
+func TestDirectRefused(t *testing.T) {
+	const size = 1 << 20
+	places(t, size, func(t *testing.T, f *File) {
+		if f.DirectReader() == nil {
+			t.Skip("the file system here has no O_DIRECT")
+		}
+		p := aligned(64 << 10)
+		for i := range p {
+			p[i] = byte(i * 7)
+		}
+		refusing := &picky{handle: f.direct, err: &os.PathError{Op: "write", Err: syscall.EINVAL}}
+		f.direct = refusing
+		for i, after := range []int{0, 4096, 60 << 10} {
+			refusing.after = after
+			off := int64(i) * 128 << 10
+			n, err := f.WriteAt(p, off)
+			require.NoError(t, err)
+			require.Equal(t, len(p), n)
+			require.Equal(t, i+1, refusing.refused)
+			for range 2 {
+				got := aligned(len(p))
+				_, err = f.DirectReader().ReadAt(got, off)
+				require.NoError(t, err)
+				require.True(t, bytes.Equal(p, got), "%d bytes were taken", after)
+				require.NoError(t, f.Sync())
+			}
+		}
+		refusing.err = syscall.EIO
+		n, err := f.WriteAt(p, 0)
+		require.ErrorIs(t, err, syscall.EIO)
+		require.Equal(t, 60<<10, n)
+	})
+}
+
 // Without a way past the cache, Sync has the system forget what it cached.
 func TestSyncDropsTheCache(t *testing.T) {
 	path := image(t, 1<<20)

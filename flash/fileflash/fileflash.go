@@ -63,13 +63,20 @@ type Options struct {
 // concurrent use.
 type File struct {
 	f        *os.File
-	direct   *os.File // the same file past the page cache, or nil
+	direct   handle // the same file past the page cache, or nil
 	block    bool
 	name     string
 	size     int64
 	readOnly bool
 	sync     func() error
 	failed   atomic.Pointer[error] // of the first Sync that failed
+}
+
+// handle is what direct needs of an *os.File.
+type handle interface {
+	io.ReaderAt
+	io.WriterAt
+	io.Closer
 }
 
 // Open opens the regular file or block device at path; a symbolic link is
@@ -298,7 +305,7 @@ func (d directReader) ReadAt(p []byte, off int64) (int, error) {
 }
 
 // unaligned reads what is not aligned through memory that is.
-type unaligned struct{ f *os.File }
+type unaligned struct{ f io.ReaderAt }
 
 func (u unaligned) ReadAt(p []byte, off int64) (n int, err error) {
 	for n < len(p) && err == nil {

@@ -41,7 +41,7 @@ const errNotDirect = syscall.EINVAL
 
 // openDirect opens f once more, past the page cache. It returns nil if that cannot
 // be done, or not be read from.
-func openDirect(f *os.File, readOnly bool) *os.File {
+func openDirect(f *os.File, readOnly bool) handle {
 	flag := os.O_RDWR
 	if readOnly {
 		flag = os.O_RDONLY
