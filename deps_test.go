@@ -27,6 +27,8 @@ func TestImports(t *testing.T) {
 		self + "/rpcjson/ws":     {"github.com/coder/websocket"},
 		self + "/rpcjson/mqtt":   {"github.com/eclipse/paho.mqtt.golang"},
 		self + "/boot/efi":       {"golang.org/x/sys"},
+		// Only tests import it.
+		self + "/internal/replay": {"github.com/stretchr/testify/require"},
 	}
 	out, err := exec.Command("go", "list", "-deps", "-f",
 		`{{if not .Standard}}{{.ImportPath}}{{range .Imports}} {{.}}{{end}}{{end}}`, "./...").Output()
