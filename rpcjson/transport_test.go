@@ -697,26 +697,38 @@ func TestCrowd(t *testing.T) {
 			})
 		}
 	})
-	for _, network := range []string{"tcp", "udp"} {
+	for _, network := range []string{"tcp", "udp", "unix", "http"} {
 		t.Run(network, func(t *testing.T) {
 			s := newTest(t, newFake(), nil)
 			before := runtime.NumGoroutine()
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			ended := make(chan error, 1)
-			var addr string
-			if network == "udp" {
+			var target string
+			switch network {
+			case "udp":
 				pc, err := net.ListenPacket("udp", "127.0.0.1:0")
 				require.NoError(t, err)
-				addr = pc.LocalAddr().String()
+				target = "udp://" + pc.LocalAddr().String()
 				go func() { ended <- s.ServePacket(ctx, pc, &PacketOptions{MaxSources: clients + 1}) }()
-			} else {
+			case "unix":
+				path := filepath.Join(t.TempDir(), "s")
+				l, err := ListenUnix(ctx, path)
+				require.NoError(t, err)
+				target = "rpc+unix://" + path
+				go func() { ended <- s.ServeListener(ctx, l, nil) }()
+			default:
 				l, err := net.Listen("tcp", "127.0.0.1:0")
 				require.NoError(t, err)
-				addr = l.Addr().String()
-				go func() { ended <- s.ServeListener(ctx, l, nil) }()
+				target = network + "://" + l.Addr().String()
+				if network == "tcp" {
+					go func() { ended <- s.ServeListener(ctx, l, nil) }()
+					break
+				}
+				web := NewHTTPServer(s)
+				context.AfterFunc(ctx, func() { web.Close() })
+				go func() { _ = web.Serve(l); ended <- ctx.Err() }()
 			}
-			target := network + "://" + addr
 			pusher, err := Dial(ctx, target, nil)
 			require.NoError(t, err)
 			median := func(times []time.Duration) time.Duration {
