@@ -586,6 +586,20 @@ func TestFindsWhatHasMoved(t *testing.T) {
 	}
 }
 
+// The last chunk, which is shorter, is found where the firmware of another slot ends.
+func TestFindsTheEnd(t *testing.T) {
+	const size, chunk = 5<<20 + 1234, 16 << 10
+	cfg := memflash.Config{Size: size}
+	d := newTarget(t, cfg, ota.Options{BufferSize: 64 << 10})
+	v2 := random(2, size)
+	v1 := slices.Clone(v2)
+	v1[100*chunk]++
+	d.fill(0, v1, cfg)
+	res := d.update(&chunked{content: v2, size: chunk})
+	require.EqualValues(t, chunk, res.Read)
+	require.EqualValues(t, size-chunk, res.Copied)
+}
+
 // lying reads differently the second time.
 type lying struct {
 	ota.Flash

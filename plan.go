@@ -238,6 +238,10 @@ func (s *search) slide(o source, found func(sum [32]byte, at int64) bool) {
 				pos += chunk
 			}
 		}
+		// The last chunk may be shorter, and lie at the end here, too.
+		if last := s.pl.size % chunk; end == o.size && last > 0 && pos == end-last {
+			found(sha256.Sum256(b[pos-from:]), pos)
+		}
 		s.progress(end, o.size)
 		return max(end-pos, 0)
 	})
