@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -598,6 +599,61 @@ func TestFindsTheEnd(t *testing.T) {
 	res := d.update(&chunked{content: v2, size: chunk})
 	require.EqualValues(t, chunk, res.Read)
 	require.EqualValues(t, size-chunk, res.Copied)
+}
+
+// What the running slot has not got may be in a third one; which is not asked for what
+// is found without it.
+func TestFindsInAnotherSlot(t *testing.T) {
+	const size, chunk = 64 << 10, 4 << 10
+	cfg, record := memflash.Config{Size: size}, memflash.Config{Size: 4 << 10}
+	chip := memflash.NewChip(cfg, cfg, cfg, record, record, record)
+	v1, v2 := random(1, size), random(2, size)
+	require.NoError(t, chip.Poke(0, v1, 0))
+	var slots []ota.Slot
+	spies := make([]reads, 3)
+	for i, f := range chip.Flashes()[:3] {
+		spies[i].Flash = f
+		slots = append(slots, ota.Slot{Parts: []ota.Part{{Name: "app", Flash: &spies[i]}}})
+	}
+	rec, err := bootrecord.New(chip.Flashes()[3:], &bootrecord.Options{
+		Running: func(context.Context) (ota.SlotID, error) { return 0, nil },
+	})
+	require.NoError(t, err)
+	dev, err := ota.Open(t.Context(), rec, slots, nil)
+	require.NoError(t, err)
+	update := func(content []byte) ota.UpdateResult {
+		for i := range spies {
+			spies[i].n.Store(0)
+		}
+		res, err := dev.Update(t.Context(), &chunked{content: content, size: chunk}, nil)
+		require.NoError(t, err)
+		require.NoError(t, dev.Revert(t.Context()))
+		return res
+	}
+	require.Equal(t, ota.SlotID(1), update(v2).Slot)
+
+	v3 := slices.Concat(v1[:size/2], v2[size/2:])
+	v3[0]++
+	res := update(v3)
+	require.Equal(t, ota.SlotID(2), res.Slot)
+	require.EqualValues(t, chunk, res.Read)
+	require.EqualValues(t, size-chunk, res.Copied)
+
+	res = update(v1)
+	require.Equal(t, ota.SlotID(1), res.Slot)
+	require.Zero(t, res.Read)
+	require.Zero(t, spies[2].n.Load(), "asked without need")
+}
+
+// reads counts the calls of ReadAt.
+type reads struct {
+	ota.Flash
+	n atomic.Int64
+}
+
+func (r *reads) ReadAt(p []byte, off int64) (int, error) {
+	r.n.Add(1)
+	return r.Flash.ReadAt(p, off)
 }
 
 // lying reads differently the second time.

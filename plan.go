@@ -168,17 +168,8 @@ func (s *search) run() {
 	s.from, s.at = make([]uint8, len(s.pl.from)), make([]int64, len(s.pl.from))
 	for n, o := range s.pl.others {
 		if n > 0 {
-			// It is known by now what is missing.
-			select {
-			case <-s.alone:
-			case <-s.ctx.Done():
-				return
-			}
-			missing := false
-			for i, from := range s.pl.from {
-				missing = missing || from == fromData && s.from[i] == inPlace
-			}
-			if !missing {
+			<-s.alone
+			if s.ctx.Err() != nil || !s.missing() {
 				return
 			}
 		}
@@ -197,6 +188,17 @@ func (s *search) run() {
 			}
 		}
 	}
+}
+
+// missing reports whether there are chunks that neither the target nor a slot has. It
+// is known of the target once alone is closed.
+func (s *search) missing() bool {
+	for i, from := range s.pl.from {
+		if from == fromData && s.from[i] == inPlace {
+			return true
+		}
+	}
+	return false
 }
 
 func (s *search) digest(i uint32) []byte { return s.pl.chunks.SHA256[i][:] }
