@@ -302,8 +302,9 @@ func (p *pipe) compare(b *block) {
 // behind, some bits of the write that was cut short may be weak: they have been read
 // as what they should be, and may be read otherwise tomorrow. On raw flash nothing
 // tells which write that was, so nothing of it is kept or copied (rewrite). Where a
-// controller hides weak bits a write can still be undone or torn: it ended before the first unit that differs, or at the
-// end, or went over it, and everything that it can have reached is written again.
+// controller hides weak bits a write can still be undone or torn: it ended before the
+// first unit that differs, or at the end, or went over it, and everything that it can
+// have reached is written again.
 func (p *pipe) pass(b *block) {
 	if p.job.suspect && !p.rewrite {
 		i := 0
@@ -326,21 +327,12 @@ func (p *pipe) pass(b *block) {
 // found has what lies around off written again, and ends the search for it.
 func (p *pipe) found(off int64) {
 	p.job.suspect = false
-	p.lo, p.hi = off-p.reach(), off+p.reach()
+	p.lo, p.hi = off-p.block, off+p.block // no write is longer than a block
 	if p.held != nil {
 		p.again(p.held)
 		p.send(p.held)
 		p.held = nil
 	}
-}
-
-// reach is how much one write can change: the writer goes unit by unit where there
-// are erase units, else block by block.
-func (p *pipe) reach() int64 {
-	if p.e != nil {
-		return p.e.EraseSize()
-	}
-	return p.block
 }
 
 // again has the units of b from p.lo to p.hi written again, if they are loaded.

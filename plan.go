@@ -114,9 +114,9 @@ func (p *pipe) planTarget(pl *plan) error {
 		return nil
 	}
 	// What a power cut can have touched is written again, see pass.
-	lo, hi := p.size-p.reach(), p.size
+	lo, hi := p.size-p.block, p.size
 	if first := int64(bytes.IndexByte(pl.from, fromData)); first >= 0 {
-		lo, hi = p.start(first*pl.chunks.Size)-p.reach(), min(pl.chunks.end(first, p.size)+p.reach(), p.size)
+		lo, hi = p.start(first*pl.chunks.Size)-p.block, min(pl.chunks.end(first, p.size)+p.block, p.size)
 	}
 	for i := max(lo, 0) / pl.chunks.Size; i*pl.chunks.Size < hi; i++ {
 		pl.from[i] = fromData

@@ -73,7 +73,7 @@ func testGeometry(t *testing.T, g sim.Geometry) {
 		// skip passes over an action that is not possible now.
 		skip := func(when bool) {
 			if when {
-				t.Skip()
+				t.Skip("not possible now")
 			}
 		}
 		// free passes over what has to wait for the first data of a push, after
