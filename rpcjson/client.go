@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"slices"
 	"strconv"
@@ -19,6 +20,7 @@ import (
 	"time"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/internal/link"
 )
 
 // Defaults of ClientOptions; the timeout is that of mos.
@@ -381,6 +383,7 @@ type httpChannel struct {
 	token  string
 	login  *headerLogin // nil without user
 	client *http.Client
+	spare  link.Buffers // for requests
 }
 
 // headerLogin answers the challenges of one device.
@@ -486,14 +489,12 @@ func (h *httpChannel) Close() error {
 }
 
 func (h *httpChannel) RoundTrip(ctx context.Context, frame []byte, max int) ([]byte, error) {
-	body := &lentFrame{b: frame}
-	defer body.takeBack()
-	res, err := h.post(ctx, body)
+	res, err := h.post(ctx, frame)
 	if err == nil && res.StatusCode == http.StatusUnauthorized && h.login != nil && h.login.challenged(res.Header) {
 		// At the first call, and when the nonce has become too old.
 		_, _ = io.Copy(io.Discard, io.LimitReader(res.Body, maxAuthHeader)) // to use the connection again
 		res.Body.Close()
-		res, err = h.post(ctx, body)
+		res, err = h.post(ctx, frame)
 	}
 	if err != nil {
 		var ue *url.Error
@@ -522,51 +523,19 @@ func (h *httpChannel) RoundTrip(ctx context.Context, frame []byte, max int) ([]b
 	return nil, e
 }
 
-// lentFrame is a frame that a transport reads. That may go on, for a body that
-// nobody wants, when the exchange is over and the frame is its owner's again.
-type lentFrame struct {
-	mu sync.Mutex
-	b  []byte // nil when it was taken back
-}
-
-func (f *lentFrame) takeBack() {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.b = nil
-}
-
-// lentReader reads a lentFrame from its beginning.
-type lentReader struct {
-	f   *lentFrame
-	off int
-}
-
-// Read implements io.Reader.
-func (r *lentReader) Read(p []byte) (int, error) {
-	r.f.mu.Lock()
-	defer r.f.mu.Unlock()
-	switch {
-	case r.f.b == nil:
-		return 0, errors.New("the exchange is over")
-	case r.off == len(r.f.b):
-		return 0, io.EOF
-	}
-	n := copy(p, r.f.b[r.off:])
-	r.off += n
-	return n, nil
-}
-
-// Close implements io.Closer.
-func (r *lentReader) Close() error { return nil }
-
-// post sends a frame once.
-func (h *httpChannel) post(ctx context.Context, body *lentFrame) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, h.url, &lentReader{f: body})
+// post sends a frame once. The transport gets a copy of it, since it may go on to
+// read a body that nobody wants; and it gets a bytes.Reader, which it sends together
+// with the headers.
+func (h *httpChannel) post(ctx context.Context, frame []byte) (*http.Response, error) {
+	body := append(h.spare.Get(len(frame)), frame...)
+	var began, ended atomic.Int32 // to write it, once a connection
+	req, err := http.NewRequestWithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn:      func(httptrace.GotConnInfo) { began.Add(1) },
+		WroteRequest: func(httptrace.WroteRequestInfo) { ended.Add(1) },
+	}), http.MethodPost, h.url, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
-	req.ContentLength = int64(len(body.b))
-	req.GetBody = func() (io.ReadCloser, error) { return &lentReader{f: body}, nil } // if an idle connection turns out closed
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("Connection", "keep-alive") // devices close otherwise
 	req.Header.Set("User-Agent", "ota")
@@ -578,7 +547,11 @@ func (h *httpChannel) post(ctx context.Context, body *lentFrame) (*http.Response
 			req.Header.Set("Authorization", a)
 		}
 	}
-	return h.client.Do(req)
+	res, err := h.client.Do(req)
+	if n := began.Load(); n > 0 && n == ended.Load() {
+		h.spare.Put(body)
+	}
+	return res, err
 }
 
 // dialFailed reports whether err says that the call was never sent.

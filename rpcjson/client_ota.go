@@ -153,6 +153,8 @@ type pusher struct {
 	off    int64 // next byte to be sent
 	top    int64 // most that was ever taken
 	open   bool  // there is a session of ours
+
+	data, frame []byte // memory for one chunk, and its request
 }
 
 func (p *pusher) run(ctx context.Context) error {
@@ -243,15 +245,13 @@ func (p *pusher) send(ctx context.Context) error {
 	w := newWaiter(p.o.RetryFor)
 	progressed := time.Now()
 	resyncs, tries := 0, 0
-	chunks := chunker{p: p}
-	defer chunks.stop()
 	for p.off < p.size {
 		if p.off > p.top {
 			p.top, progressed, resyncs = p.off, time.Now(), 0
 		}
 		p.progress()
 		n := int(min(int64(p.chunk), p.size-p.off))
-		req, err := chunks.request(p.off, n)
+		req, err := p.request(n)
 		if err != nil {
 			return fmt.Errorf("rpcjson: push: read at byte %d: %w", p.off, err)
 		}
@@ -327,73 +327,21 @@ func (p *pusher) progress() {
 	}
 }
 
-// chunker makes the requests of OTA.Write. While one is under way, and the device
-// is at work, it makes the one that probably comes next.
-type chunker struct {
-	p     *pusher
-	ahead chan chunkRequest // gets the one that is being made; nil if there is none
-	spare [2][]byte         // memory for requests; the second one is in use
-	data  []byte
-}
-
-// chunkRequest is the request for n bytes at off.
-type chunkRequest struct {
-	off int64
-	n   int
-	req *request
-	err error
-}
-
-// request returns the request for n bytes at off. It is valid until the next call.
-func (c *chunker) request(off int64, n int) (*request, error) {
-	r := c.stop()
-	if r.req == nil || r.off != off || r.n != n {
-		r = c.make(off, n)
+// request makes the request for the next n bytes. It is valid until the next call.
+func (p *pusher) request(n int) (*request, error) {
+	if cap(p.data) < n {
+		p.data = make([]byte, n)
+		p.frame = make([]byte, 0, base64.StdEncoding.EncodedLen(n)+1<<10) // with room for auth
 	}
-	if r.err != nil {
-		return nil, r.err
-	}
-	c.spare[0], c.spare[1] = c.spare[1], r.req.frame[:0]
-	if next := off + int64(n); next < c.p.size {
-		ahead := make(chan chunkRequest, 1)
-		c.ahead = ahead
-		go func() { ahead <- c.make(next, int(min(int64(n), c.p.size-next))) }()
-	}
-	return r.req, nil
-}
-
-// stop waits for the request that is being made, and returns it.
-func (c *chunker) stop() (r chunkRequest) {
-	if c.ahead != nil {
-		r = <-c.ahead
-		c.ahead = nil
-	}
-	return r
-}
-
-// make makes a request in the memory of the first spare one.
-func (c *chunker) make(off int64, n int) (r chunkRequest) {
-	r.off, r.n = off, n
-	if cap(c.data) < n {
-		c.data = make([]byte, n)
-	}
-	if k, err := c.p.r.ReadAt(c.data[:n], off); k < n {
-		if r.err = err; err == nil || err == io.EOF {
-			r.err = io.ErrUnexpectedEOF
+	data := p.data[:n]
+	if k, err := p.r.ReadAt(data, p.off); k < n {
+		if err == nil || err == io.EOF {
+			err = io.ErrUnexpectedEOF
 		}
-		return r
+		return nil, err
 	}
-	if need := base64.StdEncoding.EncodedLen(n) + 1<<10; cap(c.spare[0]) < need {
-		c.spare[0] = make([]byte, 0, need) // with room for auth
-	}
-	r.req, r.err = c.p.c.writeRequest(c.spare[0], off, c.data[:n])
-	return r
-}
-
-// writeRequest makes a request of OTA.Write in the memory of buf.
-func (c *Client) writeRequest(buf []byte, off int64, data []byte) (*request, error) {
-	return c.request(buf, "OTA.Write", func(b []byte) ([]byte, error) {
-		b = strconv.AppendInt(append(b, `{"offset":`...), off, 10)
+	return p.c.request(p.frame, "OTA.Write", func(b []byte) ([]byte, error) {
+		b = strconv.AppendInt(append(b, `{"offset":`...), p.off, 10)
 		b = base64.StdEncoding.AppendEncode(append(b, `,"data":"`...), data)
 		return append(b, `"}`...), nil
 	})

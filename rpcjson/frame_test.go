@@ -10,6 +10,7 @@ import (
 	"io"
 	"math"
 	"net/http"
+	"net/http/httptrace"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -487,34 +488,46 @@ func TestFrameArgs(t *testing.T) {
 	}
 }
 
-// After an exchange its frame is the caller's again, even if the transport goes on
-// reading it, which it may do from the beginning.
-func TestLentFrame(t *testing.T) {
-	frame := []byte("a frame")
-	h := &httpChannel{url: "http://127.0.0.1/rpc", client: &http.Client{}}
-	bodies := make(chan io.ReadCloser, 2)
-	h.client.Transport = roundTrip(func(r *http.Request) *http.Response {
-		require.EqualValues(t, len(frame), r.ContentLength)
-		again, err := r.GetBody()
-		require.NoError(t, err)
-		b := make([]byte, 3)
-		_, err = io.ReadFull(r.Body, b)
-		require.NoError(t, err)
-		require.Equal(t, "a f", string(b))
-		all, err := io.ReadAll(again)
-		require.NoError(t, err)
-		require.Equal(t, "a frame", string(all))
-		bodies <- r.Body
-		bodies <- again
-		return &http.Response{StatusCode: 200, Body: io.NopCloser(strings.NewReader("reply"))}
-	})
-	reply, err := h.RoundTrip(t.Context(), frame, 100)
-	require.NoError(t, err)
-	require.Equal(t, "reply", string(reply))
-	copy(frame, "another")
-	for range 2 {
-		b, err := io.ReadAll(<-bodies)
-		require.ErrorContains(t, err, "over")
-		require.Empty(t, b)
+// Memory of a request is used again once the transport has written it, and not
+// before.
+func TestRequestMemory(t *testing.T) {
+	frame := bytes.Repeat([]byte("a frame"), 2000)
+	for _, c := range []struct {
+		name   string
+		traces func(*httptrace.ClientTrace)
+	}{
+		{"answered early", func(c *httptrace.ClientTrace) { c.GotConn(httptrace.GotConnInfo{}) }},
+		{"sent again, and answered early", func(c *httptrace.ClientTrace) {
+			c.GotConn(httptrace.GotConnInfo{})
+			c.WroteRequest(httptrace.WroteRequestInfo{})
+			c.GotConn(httptrace.GotConnInfo{})
+		}},
+		{"not told", func(*httptrace.ClientTrace) {}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := &httpChannel{url: "http://127.0.0.1/rpc", client: &http.Client{}}
+			var first *http.Request
+			h.client.Transport = roundTrip(func(r *http.Request) *http.Response {
+				first = r
+				require.EqualValues(t, len(frame), r.ContentLength)
+				again, err := r.GetBody()
+				require.NoError(t, err)
+				all, err := io.ReadAll(again)
+				require.NoError(t, err)
+				require.Equal(t, frame, all)
+				c.traces(httptrace.ContextClientTrace(r.Context()))
+				return &http.Response{StatusCode: 200, Body: io.NopCloser(strings.NewReader("reply"))}
+			})
+			reply, err := h.RoundTrip(t.Context(), frame, 100)
+			require.NoError(t, err)
+			require.Equal(t, "reply", string(reply))
+			clear(h.spare.Get(len(frame))[:len(frame)])
+			sent := bytes.Clone(frame)
+			clear(frame)
+			left, err := io.ReadAll(first.Body)
+			require.NoError(t, err)
+			require.Equal(t, sent, left)
+			copy(frame, sent)
+		})
 	}
 }
