@@ -11,6 +11,8 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+
+	"github.com/slotota/ota/bundle"
 )
 
 // used is what a program has taken.
@@ -74,7 +76,7 @@ func create(b *bench) (rs []row, err error) {
 	}()
 	level := b.pack.Level
 	if level == 0 {
-		level = 3
+		level = bundle.DefaultLevel
 	}
 	args := []string{"create", "-platform", "p", "-version", "1", "-part", "rootfs=" + b.new, "-o"}
 	packed := append(args, fw, "-compress", "zstd", "-level", strconv.Itoa(level))

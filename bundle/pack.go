@@ -19,7 +19,7 @@ import (
 // Defaults of a [Packing] (docs/BUNDLE.md has the measurements).
 const (
 	DefaultFrame = 64 << 10
-	DefaultLevel = 3 // of zstd
+	DefaultLevel = 7 // of zstd: made once, downloaded often
 	// MinDefaultChunk is the size of chunks where no other is chosen. A device looks
 	// for them at every page of its other slots, and so they may be larger than what
 	// files move by. It is doubled as long as a part has more than 65536 of them,

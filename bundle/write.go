@@ -58,8 +58,8 @@ type WriteOptions struct {
 	Scratch Scratch
 	// Workers is how many frames are compressed at the same time; 0 means
 	// GOMAXPROCS, but at most 8. What is written does not depend on it. Each
-	// takes the memory of an encoder (from 2 MiB at level 3 to 40 MiB at level
-	// 10 and above, and more for windows above 4 MiB) and twice the frame.
+	// takes the memory of an encoder (2 MiB at level 3, 4 MiB at level 7, 40 MiB at
+	// level 10 and above, and more for windows above 4 MiB) and twice the frame.
 	Workers int
 }
 

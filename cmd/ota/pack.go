@@ -28,7 +28,7 @@ var profiles = map[string]bundle.Packing{
 func (k *packing) define(fs *flag.FlagSet) {
 	fs.StringVar(&k.compress, "compress", "", "`encoding` that all parts are stored in: none, deflate or zstd; else that of the bundle or directory it is made from, and none for new parts")
 	fs.StringVar(&k.profile, "profile", "", "settings for zstd by `name`: mcu (frames of 64 KiB, chunks of 4 KiB), or dense (frames of 4 MiB, chunks of 64 KiB, level 19); else frames of 64 KiB, and chunks that grow with the part")
-	fs.IntVar(&k.level, "level", 0, "level `N` of compression: 1 to 22 for zstd, else 3; 1 to 9 for deflate, else 9. Bundles do not tell the one they were made with")
+	fs.IntVar(&k.level, "level", 0, "level `N` of compression: 1 to 22 for zstd, else 7; 1 to 9 for deflate, else 9. Bundles do not tell the one they were made with")
 	fs.Var(&k.frame, "frame", "`size` of what each zstd frame decodes to; more is denser, and takes more memory to decode")
 	fs.Var(&k.window, "window", "`size` of the window inside of a zstd frame, a power of two")
 	fs.Var(&k.chunk, "chunk", "`size` of the pieces with digests, of which devices fetch only those they need; 0 for none; else only zstd has them")
