@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
+	"os"
 	"path/filepath"
 	"testing"
 
@@ -179,4 +180,22 @@ func TestTornNAND(t *testing.T) {
 	require.ErrorIs(t, err, ErrNoEnvironment)
 	require.ErrorIs(t, err, mtdflash.ErrECC)
 	require.ErrorIs(t, e.Write(t.Context(), Set("a", "3")), ErrNoEnvironment)
+}
+
+// A path with a colon is a volume of UBI only if there is no such file: names in
+// /dev/disk/by-path have colons.
+func TestPathWithColon(t *testing.T) {
+	dir := t.TempDir()
+	name, config := filepath.Join(dir, "pci-0000:00:1f.2"), filepath.Join(dir, "fw_env.config")
+	require.NoError(t, os.WriteFile(name, make([]byte, 512), 0o600))
+	var opened []string
+	c := &Config{File: config, OpenFlash: func(l Location) (ota.Flash, Flags, error) {
+		opened = append(opened, filepath.Base(l.Path))
+		return memflash.New(memflash.Config{Size: 512}), Incremental, nil
+	}}
+	require.NoError(t, os.WriteFile(config, []byte(name+" 0 512\n"+filepath.Join(dir, "ubi0:env")+" 0 512\n"), 0o600))
+	e, err := Open(c)
+	require.NoError(t, err)
+	require.True(t, e.Redundant())
+	require.Equal(t, []string{"ubi0:env"}, opened)
 }
