@@ -68,3 +68,34 @@ func TestOutputInPlace(t *testing.T) {
 	require.NoError(t, err)
 	require.Len(t, all, 4, "temporary files are left")
 }
+
+// What a bundle is made from is not what it is written to.
+func TestOutputIsInput(t *testing.T) {
+	dir := t.TempDir()
+	app, other := filepath.Join(dir, "app.bin"), filepath.Join(dir, "other.bin")
+	require.NoError(t, os.WriteFile(app, []byte("firmware"), 0o600))
+	require.NoError(t, os.WriteFile(other, []byte("x"), 0o600))
+	for _, args := range [][]string{
+		{"-o", app, "-part", "app=" + app},
+		{"-o", filepath.Join(dir, ".", "app.bin"), "-part", "app=" + app},
+		{"-o", app, "-dir", dir}, // which would become a part of itself
+	} {
+		code, _, msg := tool(t, false, append([]string{"create", "-platform", "p", "-version", "1"}, args...)...)
+		require.Equal(t, exitUsage, code, "%v", args)
+		require.Contains(t, msg, "app.bin")
+		b, err := os.ReadFile(app)
+		require.NoError(t, err)
+		require.Equal(t, "firmware", string(b))
+	}
+
+	// Nor is a part made from two files, of which one would be lost.
+	zip := filepath.Join(dir, "fw.zip")
+	code, _, msg := tool(t, false, "create", "-o", zip, "-platform", "p", "-version", "1", "-part", "app="+app, "-part", "app="+other)
+	require.Equal(t, exitUsage, code)
+	require.Contains(t, msg, `part "app": two files`)
+	code, _, msg = tool(t, false, "create", "-o", zip, "-platform", "p", "-version", "1", "-part", "app="+app, "-part", "app,type=app")
+	require.Zero(t, code, msg)
+	// A bundle may take the place of the one that it is made from.
+	code, _, msg = tool(t, false, "create", "-o", zip, "-from", zip, "-version", "2")
+	require.Zero(t, code, msg)
+}
