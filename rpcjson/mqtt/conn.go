@@ -29,6 +29,10 @@ const (
 	pingTimeout    = 10 * time.Second
 	lastTimeout    = time.Second // the same, at the end
 	closeTimeout   = 5 * time.Second
+	// settleTime is left to the broker between two connections of which the first
+	// was to make it forget: some forget only when that has long ended, and then
+	// who has the same client id now (mochi-mqtt/server, server.go, attachClient).
+	settleTime = 200 * time.Millisecond
 	// handOver is how long a message waits for the library to take it. It is
 	// long if others are being sent.
 	handOver = 5 * time.Second

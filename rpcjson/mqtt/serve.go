@@ -183,6 +183,7 @@ func (s *server) session(ctx context.Context, fresh bool) (served bool, err erro
 		q = newQueue(s.srv.MaxFrame())
 		if c, err = s.connect(ctx, true, q); err == nil {
 			c.close()
+			pause(ctx, settleTime)
 			c, err = s.connect(ctx, false, q)
 		}
 	}
@@ -452,5 +453,15 @@ func (s *server) reply(ctx context.Context, topic string, reply []byte) error {
 			c = nil // it was only busy
 		}
 		t.Stop()
+	}
+}
+
+// pause waits, not longer than ctx.
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
 	}
 }
