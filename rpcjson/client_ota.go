@@ -470,7 +470,8 @@ func (c *Client) Update(ctx context.Context, o *PullOptions) error {
 	for {
 		select {
 		case err := <-reply:
-			if err == nil || !again(err) || dialFailed(err) {
+			var e *Error
+			if err == nil || !again(err) || dialFailed(err) || errors.As(err, &e) && refused(e) {
 				return err
 			}
 			lost = err
