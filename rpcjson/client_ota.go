@@ -470,7 +470,8 @@ func (c *Client) Update(ctx context.Context, o *PullOptions) error {
 	for {
 		select {
 		case err := <-reply:
-			if err == nil || !again(err) || dialFailed(err) {
+			var e *Error
+			if err == nil || !again(err) || dialFailed(err) || errors.As(err, &e) && refused(e) {
 				return err
 			}
 			lost = err
@@ -491,12 +492,18 @@ func (c *Client) Update(ctx context.Context, o *PullOptions) error {
 				w.reset()
 			}
 		}
-		if st, err := c.Status(ctx); err == nil && st.State == StateProgress {
+		st, err := c.Status(ctx)
+		limit := c.o.Timeout
+		var e *Error
+		if errors.As(err, &e) && e.Code == 404 {
+			limit = max(limit, DefaultUpdateTimeout) // it cannot tell, and gives up by then
+		}
+		if err == nil && st.State == StateProgress {
 			atWork = time.Now()
 			if o.Progress != nil {
 				o.Progress(st.Percent)
 			}
-		} else if time.Since(atWork) > c.o.Timeout {
+		} else if time.Since(atWork) > limit {
 			cancel() // the reply is overdue
 		}
 	}

@@ -744,3 +744,76 @@ func ExampleDial() {
 	err = c.Push(ctx, f, info.Size(), &rpcjson.PushOptions{CommitTimeout: &commit})
 	fmt.Println(err)
 }
+
+// scripted is a channel whose answers a function makes: the members of a reply
+// beside the id.
+type scripted func(ctx context.Context, method string) (string, error)
+
+func (f scripted) RoundTrip(ctx context.Context, frame []byte, _ int) ([]byte, error) {
+	var req struct {
+		ID     json.Number
+		Method string
+	}
+	if err := json.Unmarshal(frame, &req); err != nil {
+		return nil, err
+	}
+	s, err := f(ctx, req.Method)
+	return []byte(`{"id":` + req.ID.String() + `,` + s + `}`), err
+}
+
+func (scripted) Close() error { return nil }
+
+// The oldest devices have no OTA.Status. Their reply comes when the update is over,
+// long after the time limit of a call.
+func TestUpdateWithoutStatus(t *testing.T) {
+	for _, d := range []struct {
+		lost bool
+		want error
+	}{{false, nil}, {true, rpcjson.ErrUnknown}} {
+		synctest.Test(t, func(t *testing.T) {
+			start := time.Now()
+			c := rpcjson.NewClient(scripted(func(ctx context.Context, method string) (string, error) {
+				switch {
+				case method == "OTA.GetBootState":
+					return `"result":{"active_slot":0,"is_committed":true,"revert_slot":1,"commit_timeout":0}`, nil
+				case method == "OTA.Status":
+					return `"error":{"code":404,"message":"No handler for OTA.Status"}`, nil
+				case d.lost:
+					<-ctx.Done()
+					return "", context.Cause(ctx)
+				}
+				select {
+				case <-time.After(4 * time.Minute):
+					return `"error":{"code":0,"message":"Update applied, finalizing"}`, nil
+				case <-ctx.Done():
+					return "", context.Cause(ctx)
+				}
+			}), nil)
+			require.ErrorIs(t, c.Update(t.Context(), &rpcjson.PullOptions{URL: "http://h/fw.zip"}), d.want)
+			require.Less(t, time.Since(start), 11*time.Minute)
+		})
+	}
+}
+
+// An update that the device refuses to begin has not been installed, even if the
+// device starts another firmware for other reasons.
+func TestUpdateRefusedBeforeReboot(t *testing.T) {
+	for _, code := range []int{418, 429} {
+		synctest.Test(t, func(t *testing.T) {
+			active := 0
+			c := rpcjson.NewClient(scripted(func(_ context.Context, method string) (string, error) {
+				switch method {
+				case "OTA.GetBootState":
+					return fmt.Sprintf(`"result":{"active_slot":%d,"is_committed":true,"revert_slot":1,"commit_timeout":0}`, active), nil
+				case "OTA.Status":
+					return `"result":{"state":0,"message":"idle"}`, nil
+				}
+				active = 1 // somebody else's revert
+				return fmt.Sprintf(`"error":{"code":%d,"message":"no"}`, code), nil
+			}), nil)
+			var e *rpcjson.Error
+			require.ErrorAs(t, c.Update(t.Context(), &rpcjson.PullOptions{URL: "http://h/fw.zip"}), &e)
+			require.Equal(t, code, e.Code)
+		})
+	}
+}
