@@ -223,6 +223,32 @@ func minus(a, b []int) []int {
 	return a
 }
 
+// There are enough blocks for a chunk, also where BufferSize is no multiple of the erase
+// unit.
+func TestBlocksSuffice(t *testing.T) {
+	for _, tc := range []struct{ unit, buffer, chunk int64 }{
+		{64 << 10, 128<<10 - 1, 1 << 20},
+		{192 << 10, 0, ota.MaxChunk},
+		{4 << 10, 8<<10 - 1, 256 << 10},
+		{64 << 10, 1, 1 << 20},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			size := tc.chunk + tc.chunk/2
+			cfg := memflash.Config{Size: (size/tc.unit + 1) * tc.unit, EraseSize: tc.unit}
+			d := newTarget(t, cfg, ota.Options{BufferSize: int(tc.buffer)})
+			// Without UnitEraser.
+			d.wrap = func(f ota.Flash) ota.Flash { return plainEraser{flash{f}, f.(ota.Eraser), tc.unit} }
+			d.open()
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			img := &chunked{content: random(1, int(size)-100), size: tc.chunk}
+			_, err := d.dev.Update(ctx, img, nil)
+			require.NoError(t, err, "%+v", tc)
+			require.Equal(t, img.content, d.peek(1, len(img.content)))
+		})
+	}
+}
+
 // Whatever the medium, the chunks, the buffers and what was there before: the slot
 // holds the image in the end; what had not changed is neither erased nor written;
 // and nothing is erased twice.

@@ -578,7 +578,8 @@ func newLayout(f Flash, size, block int64, chunks *Chunks) *layout {
 	l := &layout{f: f, page: WriteSize(f), size: size}
 	if l.e, _ = f.(Eraser); l.e != nil {
 		l.fill = ErasedByte(f)
-		l.block = max(block, l.e.EraseSize())
+		// Whole units, or blocks would be fewer than chunks wait for.
+		l.block = max(block/l.e.EraseSize(), 1) * l.e.EraseSize()
 		return l
 	}
 	l.grain = grainSize
