@@ -666,7 +666,7 @@ func (w *slotWriter) measure(ctx context.Context, next *BootState) error {
 		w.part = p.Name
 		sum, err := w.in.digest(ctx, p.Flash, p.Flash.Size())
 		if err != nil {
-			return inPart(p.Name, err)
+			return opErr("", w.d.running, inPart(p.Name, err))
 		}
 		st.Parts = append(st.Parts, PartState{p.Flash.Size(), sum})
 	}
@@ -772,7 +772,7 @@ func (w *slotWriter) others(s *BootState, name string) []source {
 		if SlotID(i) == w.id || k < 0 || slot.Parts[k].Mutable {
 			continue
 		}
-		from := source{f: slot.Parts[k].Flash, size: slot.Parts[k].Flash.Size()}
+		from := source{id: SlotID(i), f: slot.Parts[k].Flash, size: slot.Parts[k].Flash.Size()}
 		if st := s.Slot(SlotID(i)); k < len(st.Parts) {
 			from.size = min(from.size, st.Parts[k].Size)
 		}
