@@ -125,7 +125,9 @@ type target struct {
 	chip *memflash.Chip
 	o    ota.Options
 	wrap func(ota.Flash) ota.Flash // of slot 1, if not nil
-	dev  *ota.Device
+
+	mutable bool // the part of slot 1
+	dev     *ota.Device
 }
 
 func newTarget(t testing.TB, cfg memflash.Config, o ota.Options) *target {
@@ -146,7 +148,7 @@ func (d *target) open() {
 		f[1] = d.wrap(f[1])
 	}
 	d.dev, err = ota.Open(d.t.Context(), record, []ota.Slot{
-		{Parts: []ota.Part{{Name: "app", Flash: f[0]}}}, {Parts: []ota.Part{{Name: "app", Flash: f[1]}}},
+		{Parts: []ota.Part{{Name: "app", Flash: f[0]}}}, {Parts: []ota.Part{{Name: "app", Flash: f[1], Mutable: d.mutable}}},
 	}, &d.o)
 	require.NoError(d.t, err)
 }
@@ -518,6 +520,38 @@ func TestWeakBitsInBetween(t *testing.T) {
 					require.NoError(t, err)
 					require.True(t, bytes.Equal(v2, got), "seed %d, sector %d", seed, at)
 				}
+			}
+		}
+	}
+}
+
+// A part that the firmware writes to may hold what a power cut has left of that: it is
+// not believed, though nobody has updated the slot since it was verified.
+func TestWeakBitsInMutablePart(t *testing.T) {
+	const size, sector = 32 << 10, 4 << 10
+	cfg := memflash.Config{Size: size, EraseSize: sector}
+	v1, v2 := random(1, size), random(2, size)
+	copy(v2, v1[:size/2])
+	for _, chunk := range []int64{0, sector} {
+		for seed := range uint64(20) {
+			d := newTarget(t, cfg, ota.Options{})
+			d.mutable = true
+			d.open()
+			d.update(&chunked{content: v1, size: chunk})
+			// Its firmware runs, and is cut short in a write.
+			f := d.chip.Flashes()[1]
+			require.NoError(t, f.(ota.Eraser).Erase(5*sector, sector))
+			d.chip.Plan(memflash.Fault{Kind: memflash.CutWeak, At: d.chip.Ops(), Seed: seed})
+			_, err := f.WriteAt(v2[5*sector:6*sector], 5*sector)
+			require.ErrorIs(t, err, memflash.ErrPowerOff)
+			d.chip.PowerOn()
+			d.open()
+			d.update(&chunked{content: v2, size: chunk})
+			got := make([]byte, size)
+			for range 20 {
+				_, err := f.ReadAt(got, 0)
+				require.NoError(t, err)
+				require.True(t, bytes.Equal(v2, got), "seed %d, chunks of %d", seed, chunk)
 			}
 		}
 	}

@@ -40,7 +40,7 @@ type Device struct {
 	err      error     // failure of the last operation
 
 	// sound marks slots that no power cut has touched since their content was
-	// known. It belongs to the owner of the device.
+	// known, but for what their firmware has written to. It belongs to the owner of the device.
 	sound [MaxSlots]bool
 }
 
@@ -733,7 +733,7 @@ func (w *slotWriter) fill(ctx context.Context, img Image, info *ImageInfo, next 
 		w.part = ip.Name
 		states[i], err = w.in.install(ctx, &job{
 			f: slot.Parts[i].Flash, want: want, data: ip.Data, stop: stop,
-			suspect: !w.d.sound[w.id], others: w.others(&known, ip.Name),
+			suspect: !w.d.sound[w.id] || slot.Parts[i].Mutable, others: w.others(&known, ip.Name),
 		})
 		if err != nil {
 			w.d.sound[w.id] = w.d.sound[w.id] && !w.in.failed
