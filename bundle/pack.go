@@ -8,6 +8,7 @@ import (
 	"hash"
 	"hash/crc32"
 	"io"
+	"math"
 	"math/bits"
 	"runtime"
 	"sync"
@@ -301,19 +302,31 @@ func (a *at) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// deflated returns b compressed, in a number of bytes other than its own:
-// devices of Mongoose OS tell by that that they cannot read it.
+// deflated returns b compressed.
 func deflated(b []byte) []byte {
-	for _, level := range []int{flate.BestCompression, flate.NoCompression} {
-		var out bytes.Buffer
-		z, _ := flate.NewWriter(&out, level) // fails for other levels only
-		_, _ = z.Write(b)                    // a Buffer does not fail
-		_ = z.Close()
-		if out.Len() != len(b) {
-			return out.Bytes()
+	var out bytes.Buffer
+	z, _ := flate.NewWriter(&out, flate.BestCompression) // fails for other levels only
+	_, _ = z.Write(b)                                    // a Buffer does not fail
+	_ = z.Close()
+	return out.Bytes()
+}
+
+// storedBlocks returns b as deflate that compresses nothing (RFC 1951, section
+// 3.2.4). There is one form of it only, so that no bit of it can change, and it is
+// longer than b: by that devices of Mongoose OS tell that they cannot read it.
+func storedBlocks(b []byte) (z []byte) {
+	for last := false; !last; {
+		n := min(len(b), math.MaxUint16)
+		final := byte(0)
+		if last = n == len(b); last {
+			final = 1
 		}
+		z = append(z, final)
+		z = le.AppendUint16(z, uint16(n))
+		z = le.AppendUint16(z, ^uint16(n))
+		z, b = append(z, b[:n]...), b[n:]
 	}
-	return nil // not reached: NoCompression adds to it
+	return z
 }
 
 func defaultWorkers(n int) int {

@@ -130,7 +130,7 @@ func (r *Reader) open(p *Policy) error {
 	if e.size > limit {
 		return r.fail(e, because(ErrTooLarge, "manifest of %d bytes, limit %d", e.size, limit))
 	}
-	raw, err := r.text(e)
+	raw, stored, err := r.text(e)
 	if err != nil {
 		return err
 	}
@@ -162,28 +162,32 @@ func (r *Reader) open(p *Policy) error {
 		r.err = &Error{Entry: ManifestName, Off: -1, Err: err}
 		return r.err
 	}
+	if e.method == methodDeflate && r.m.Extra["ota"] != nil && !bytes.Equal(stored, storedBlocks(raw)) {
+		return r.fail(e, because(ErrFormat, "a manifest that is deflate, but not of stored blocks"))
+	}
 	return r.index()
 }
 
-// text returns the content of the manifest's entry e, of limited size.
-func (r *Reader) text(e *entry) ([]byte, error) {
+// text returns the content of the manifest's entry e, of limited size, and its
+// stored bytes.
+func (r *Reader) text(e *entry) (raw, stored []byte, err error) {
 	if e.packed > maxManifest+maxManifest/8 {
-		return nil, r.fail(e, because(ErrTooLarge, "manifest of %d bytes", e.packed))
+		return nil, nil, r.fail(e, because(ErrTooLarge, "manifest of %d bytes", e.packed))
 	}
-	raw := make([]byte, e.size)
-	in := &packed{r: r, end: r.off + e.packed}
+	raw = make([]byte, e.size)
+	in := &packed{r: r, end: r.off + e.packed, all: make([]byte, 0, e.packed)}
 	var body io.Reader = in
 	if e.method == methodDeflate {
 		body = newInflater(in)
 	}
-	_, err := io.ReadFull(body, raw)
+	_, err = io.ReadFull(body, raw)
 	if z, ok := body.(*inflater); ok && err == nil {
 		err = z.end()
 	}
 	if err != nil {
-		return nil, r.fail(e, in.explain(err))
+		return nil, nil, r.fail(e, in.explain(err))
 	}
-	return raw, r.finish(e, crc32.ChecksumIEEE(raw))
+	return raw, in.all, r.finish(e, crc32.ChecksumIEEE(raw))
 }
 
 // index reads the entry of the index, if there is one.
@@ -201,6 +205,9 @@ func (r *Reader) index() error {
 	}
 	if _, err := r.lookUp(e); err != nil {
 		return err
+	}
+	if e.method == methodDeflate && x.Storage == nil {
+		return r.fail(e, because(ErrNoDigest, "its stored bytes have none"))
 	}
 	d, h := newData(r, e, x), sha256.New()
 	r.cur = d // whose data may be read
@@ -653,6 +660,7 @@ type packed struct {
 	end int64     // offset of what comes after them
 	crc uint32    // of what was read
 	sum hash.Hash // the same, or nil
+	all []byte    // the same, if not nil
 	err error     // of the source
 }
 
@@ -671,6 +679,9 @@ func (in *packed) Read(p []byte) (int, error) {
 	in.crc = crc32.Update(in.crc, crc32.IEEETable, p[:n])
 	if in.sum != nil {
 		in.sum.Write(p[:n])
+	}
+	if in.all != nil {
+		in.all = append(in.all, p[:n]...)
 	}
 	if err == io.EOF {
 		err = io.ErrUnexpectedEOF

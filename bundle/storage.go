@@ -278,7 +278,8 @@ func (m *Manifest) checkStorage() error {
 	switch {
 	case m.Index == "":
 		return because(ErrManifest, "no member \"index\"")
-	case x == nil, x.Src == "", x.Storage != nil, !x.NoUpdate:
+	case x == nil, x.Src == "", !x.NoUpdate,
+		x.Storage != nil && (x.Storage.Encoding != EncodingDeflate || x.Storage.indexed()):
 		return because(ErrManifest, "part %s is no index", ota.Quote(m.Index))
 	case x.SHA256 == nil:
 		return because(ErrNoDigest, "part %s has none", ota.Quote(m.Index))

@@ -119,7 +119,7 @@ func Write(ctx context.Context, w io.Writer, m *Manifest, files map[string]File,
 
 	first := item{data: text, entry: entry{name: ManifestName, extra: extra, crc: crc32.ChecksumIEEE(text), size: int64(len(text))}}
 	if b.compressed {
-		first.method, first.data = methodDeflate, deflated(text)
+		first.method, first.data = methodDeflate, storedBlocks(text)
 	}
 	first.packed = int64(len(first.data))
 	b.items = slices.Insert(b.items, 0, first)
@@ -281,12 +281,14 @@ func (b *writer) index(m *Manifest) error {
 	}
 	h1, h256 := sha1.Sum(data), sha256.Sum256(data)
 	m.Index = IndexPart
-	m.Parts = append(m.Parts, Part{Name: IndexPart, Src: indexFile, Size: int64(len(data)), SHA1: &h1, SHA256: &h256, NoUpdate: true})
 	n := int64(len(data))
+	p := Part{Name: IndexPart, Src: indexFile, Size: n, SHA1: &h1, SHA256: &h256, NoUpdate: true}
 	e := item{data: data, entry: entry{name: indexFile, crc: crc32.ChecksumIEEE(data), size: n}}
 	if z := deflated(data); b.compressed && len(z) < len(data) { // digests of equal chunks
 		e.data, e.method = z, methodDeflate
+		p.Storage = &Storage{Encoding: EncodingDeflate, Size: int64(len(z)), SHA256: sha256.Sum256(z)}
 	}
+	m.Parts = append(m.Parts, p)
 	e.packed = int64(len(e.data))
 	b.items = slices.Insert(b.items, 0, e)
 	return nil
