@@ -62,11 +62,12 @@ type Policy struct {
 	// the most.
 	MaxManifest int
 	// MaxSize bounds the content of all parts together, in bytes; 0 means no
-	// bound but that of the format, nearly 4 GiB.
+	// bound but that of the format: for a part nearly 4 GiB, and 1 TiB if it is
+	// stored as zstd.
 	MaxSize int64
 	// MaxIndex bounds the digests of frames and chunks, in bytes, and thus the
-	// memory that they take; 0 means 4 MiB, enough for 8 GiB in chunks of 64
-	// KiB. 64 MiB is the most.
+	// memory that they take; 0 means 4 MiB, enough for 3.7 GiB in frames and
+	// chunks of 64 KiB. 64 MiB is the most.
 	MaxIndex int64
 	// MaxWindow bounds the frames and windows of parts that are stored as zstd,
 	// in bytes; 0 means 8 MiB, and 64 MiB is the most. To decode takes twice

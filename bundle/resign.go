@@ -74,11 +74,11 @@ type ResignOptions struct {
 // attributes, and a note about another manifest is left out, as a tool may leave one
 // behind that writes a manifest anew.
 //
-// f is verified first, in the way of [Policy.Verify] without keys, and must have a
-// SHA-256 for every part. Errors are of type [*Error]. f must not change meanwhile.
+// f is verified first, in the way of [Policy.Verify] without keys and with the limits
+// of the format, and must have a SHA-256 for every part. Errors are of type [*Error]. f must not change meanwhile.
 func Resign(ctx context.Context, w io.Writer, f File, o *ResignOptions) error {
 	size := f.Size()
-	r, err := (&Policy{AllowUnsigned: true}).Verify(ctx, io.NewSectionReader(f, 0, size))
+	r, err := (&Policy{AllowUnsigned: true, MaxWindow: MaxFrame, MaxIndex: maxIndex}).Verify(ctx, io.NewSectionReader(f, 0, size))
 	if err != nil {
 		return err
 	}

@@ -126,3 +126,13 @@ func TestResignRefuses(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, [bundle.MaxKeys][]byte{}, sigs)
 }
+
+// Who signs need not have the limits of a device.
+func TestResignLarge(t *testing.T) {
+	k := newKey(t)
+	file := pack(t, map[string][]byte{"a": make([]byte, 100<<10)}, map[string]bundle.Packing{"a": {Encoding: bundle.EncodingZstd, Frame: bundle.MaxFrame}}, nil)
+	signed := resign(t, file, k)
+	p := &bundle.Policy{Keys: []*ecdsa.PublicKey{&k.PublicKey}, MaxWindow: bundle.MaxFrame}
+	_, err := p.Verify(t.Context(), bytes.NewReader(signed))
+	require.NoError(t, err)
+}

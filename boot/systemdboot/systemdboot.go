@@ -232,8 +232,9 @@ func (d *common) Path(ctx context.Context, id ota.SlotID) (string, error) {
 // menu is all that decides about the next boots.
 type menu struct {
 	entries []*entry
-	// what chooses by name: once, and always
-	once, always string
+	// what chooses by name: once, and always, the variable before the file
+	once   string
+	always []string
 }
 
 func (d *common) menu(ctx context.Context) (m menu, err error) {
@@ -243,21 +244,28 @@ func (d *common) menu(ctx context.Context) (m menu, err error) {
 	if m.once, _, err = d.text(varOneShot); err != nil {
 		return m, err
 	}
-	var ok bool
-	if m.always, ok, err = d.text(varDefault); err != nil || ok {
+	name, _, err := d.text(varDefault)
+	if err != nil {
 		return m, err
 	}
+	m.always = []string{name}
 	b, err := d.c.files.ReadFile("/loader/loader.conf")
-	if errors.Is(err, fs.ErrNotExist) {
-		return m, nil
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return m, fmt.Errorf("systemdboot: %w", err)
 	}
 	for key, value := range pairs(b, " \t") {
 		if key == "default" {
-			m.always = value
+			m.always = []string{name, value}
 		}
 	}
-	return m, err
+	if slices.Contains(m.always, saved) {
+		return m, fmt.Errorf("systemdboot: the default is %s, which starts a bad entry again: %w", saved, ota.ErrUnsupported)
+	}
+	return m, nil
 }
+
+// saved is the default that stands for what was started last.
+const saved = "@saved"
 
 // find returns the first entry that a pattern names, nil if there is none.
 func (m menu) find(pattern string) *entry {
@@ -280,8 +288,10 @@ func (m menu) boot(all bool) (*entry, menu) {
 	next := m
 	next.once = ""
 	e := m.find(m.once)
-	if e == nil {
-		e = m.find(m.always)
+	for _, name := range m.always {
+		if e == nil {
+			e = m.find(name)
+		}
 	}
 	if e == nil && len(m.entries) > 0 && !m.entries[0].broken {
 		e = m.entries[0]

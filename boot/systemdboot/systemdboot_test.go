@@ -479,6 +479,15 @@ func TestOthers(t *testing.T) {
 		"default in file": func(b *bench) {
 			require.NoError(t, b.f.WriteFile("/loader/loader.conf", []byte("default acme-a.conf\n")))
 		},
+		// A variable that names nothing does not hide what the file says.
+		"default in file, behind a variable": func(b *bench) {
+			set(b, varDefault, "gone.conf")
+			require.NoError(t, b.f.WriteFile("/loader/loader.conf", []byte("default acme-a.conf\n")))
+		},
+		"default that was started last": func(b *bench) {
+			require.NoError(t, b.f.WriteFile("/loader/loader.conf", []byte("default @saved\n")))
+		},
+		"default variable that was started last": func(b *bench) { set(b, varDefault, "@saved") },
 		"entry before": func(b *bench) {
 			require.NoError(t, b.f.WriteFile(path.Join(type1Dir, "debian.conf"), []byte("sort-key aaa\nlinux /x\n")))
 		},

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -99,7 +100,7 @@ type Config struct {
 	Locks []string
 }
 
-// DefaultLocks are the lock files of libubootenv and of U-Boot's own tools, which
+// defaultLocks are the lock files of libubootenv and of U-Boot's own tools, which
 // moved theirs from the one directory to the other.
 var defaultLocks = []string{"/var/lock/fw_printenv.lock", "/run/fw_printenv.lock"}
 
@@ -155,10 +156,10 @@ func openLocation(c *Config, l Location, single bool) (ota.Flash, Flags, error) 
 	if openFlash == nil {
 		openFlash = OpenDevice
 	}
-	if strings.Contains(filepath.Base(l.Path), ":") { // ubi0:env
+	info, err := os.Stat(l.Path)
+	if errors.Is(err, fs.ErrNotExist) && strings.Contains(filepath.Base(l.Path), ":") { // ubi0:env
 		return openFlash(l)
 	}
-	info, err := os.Stat(l.Path)
 	if err != nil {
 		return nil, 0, err
 	}

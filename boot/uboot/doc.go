@@ -22,7 +22,9 @@
 // line of the kernel. With [Bootcount]: start the slot that the variable names, with
 // ota.slot=<name>; altbootcmd sets it to ota_revert, upgrade_available and bootcount
 // to 0, saves the environment and starts that slot. bootlimit is set with each trial:
-// 1 means one boot. If altbootcmd is missing U-Boot stops at its prompt.
+// 1 means one boot. If altbootcmd is missing U-Boot stops at its prompt. The counter
+// must be in the environment (CONFIG_BOOTCOUNT_ENV), for [Mender] too: another one
+// counts the boots of committed slots as well, and nobody resets it.
 //
 // # What keeps the environment
 //
@@ -30,5 +32,6 @@
 // in U-Boot (env/common.c, env_check_redund). A write needs a valid copy to begin
 // with: without one U-Boot runs on its compiled-in default, and writing would lose
 // every variable of the board. An environment of one copy is written only in a plain
-// file, which is replaced, or with EnvOptions.AllowSingle.
+// file, which is replaced, or with EnvOptions.AllowSingle. In the boot partitions of
+// an eMMC it can be written once the kernel allows that: 0 in force_ro in sysfs.
 package uboot

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/flash/mtdflash"
 )
 
 // Errors of this package, wrapped with what and where.
@@ -172,6 +173,10 @@ func (e *Env) readCopy(i int) content {
 		}
 	case err == nil || err == io.EOF:
 		c.err, c.io = fmt.Errorf("copy %d: %w", i, io.ErrUnexpectedEOF), true
+	case errors.Is(err, mtdflash.ErrECC):
+		// What a power cut leaves on NAND. U-Boot passes over it, too, and it
+		// reads no better before it is written anew.
+		c.err = fmt.Errorf("copy %d: %w", i, err)
 	default:
 		c.err, c.io = fmt.Errorf("copy %d: %w", i, err), true
 	}
@@ -341,8 +346,7 @@ func (e *Env) replace(i int, raw []byte) error {
 	}
 	if end > int64(len(raw)) {
 		raw = append(slices.Clip(raw), make([]byte, end-int64(len(raw)))...)
-		tail := raw[e.o.Size:]
-		if n, err := f.ReadAt(tail, e.o.Size); n != len(tail) {
+		if err := keep(f, raw[e.o.Size:], e.o.Size); err != nil {
 			return fmt.Errorf("reading what follows: %w", err)
 		}
 	}
@@ -357,6 +361,31 @@ func (e *Env) replace(i int, raw []byte) error {
 		return io.ErrShortWrite
 	}
 	return f.Sync()
+}
+
+// keep reads what follows a copy, page by page where it cannot be read as a whole: one
+// that a power cut has made unreadable on NAND is written as an erased one.
+func keep(f ota.Flash, tail []byte, off int64) error {
+	size, w := int64(len(tail)), ota.WriteSize(f)
+	for len(tail) > 0 {
+		b := tail[:min(size, int64(len(tail)))]
+		n, err := f.ReadAt(b, off)
+		next := w - off%w
+		switch {
+		case n == len(b):
+		case !errors.Is(err, mtdflash.ErrECC):
+			return errors.Join(io.ErrUnexpectedEOF, err)
+		case int64(len(b)) > next:
+			size = next
+			continue
+		default:
+			for i := range b {
+				b[i] = ota.ErasedByte(f)
+			}
+		}
+		tail, off, size = tail[len(b):], off+int64(len(b)), w
+	}
+	return nil
 }
 
 // obsolete clears the flag of copy i, which needs no erasing.

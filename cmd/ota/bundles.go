@@ -96,6 +96,7 @@ type creation struct {
 	m     bundle.Manifest
 	files map[string]bundle.File
 	kept  map[string]*bundle.Stored // parts of the bundle that it is made from, as long as nothing changes them
+	given map[string]bool           // parts that -part has named a file for
 	attrs map[string]json.RawMessage
 	open  []io.Closer
 }
@@ -141,7 +142,7 @@ func create(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 // collect puts together the manifest and the files.
 func (c *creation) collect(ctx context.Context, e *env, m *bundle.Manifest) error {
 	c.files, c.was, c.only = map[string]bundle.File{}, map[string]bundle.Packing{}, map[string]bundle.Encoding{}
-	c.kept = map[string]*bundle.Stored{}
+	c.kept, c.given = map[string]*bundle.Stored{}, map[string]bool{}
 	var err error
 	switch {
 	case c.out == "":
@@ -303,6 +304,9 @@ func (c *creation) file(name string) (bundle.File, error) {
 	case !info.Mode().IsRegular():
 		return nil, fmt.Errorf("%s: not a regular file: %w", name, ota.ErrInvalid)
 	}
+	if out, err := os.Stat(c.out); err == nil && os.SameFile(info, out) {
+		return nil, usagef("%s: the bundle is made from it, so -o must be another file", name)
+	}
 	return io.NewSectionReader(f, 0, info.Size()), nil
 }
 
@@ -368,7 +372,10 @@ func (c *creation) part(spec string) error {
 		p.Src = ""
 	}
 	switch {
+	case file != "" && c.given[name]:
+		return bad("two files")
 	case file != "":
+		c.given[name] = true
 		delete(c.kept, name)
 		delete(c.files, old.Src)
 		if c.files[p.Src] != nil {

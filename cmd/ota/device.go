@@ -269,6 +269,9 @@ func state(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 	fs.Var(&timeout, "commit-timeout", "`time` for the commit")
 	return deviceCommand(fs, 0, func(ctx context.Context, d *device, f *deviceFlags, _ []string) error {
 		patch := map[string]any{}
+		if *active < -1 || *rev < -1 {
+			return usagef("slots are numbered from 0")
+		}
 		if *active >= 0 {
 			patch["active_slot"] = *active
 		}

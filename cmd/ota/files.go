@@ -207,10 +207,25 @@ func (c *content) close() {
 }
 
 // writeFile makes the file name, or replaces it, with what write writes: nobody
-// ever sees a part of it. - is the standard output.
+// ever sees a part of it. - is the standard output. What is no regular file, such as
+// a device, is not replaced but written to, and so is what a link leads to.
 func (e *env) writeFile(name string, write func(io.Writer) error) (err error) {
 	if name == "-" {
 		return write(e.stdout)
+	}
+	if special(name) {
+		f, err := os.OpenFile(name, os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
+		b := bufio.NewWriterSize(f, 64<<10)
+		if err = write(b); err == nil {
+			err = b.Flush()
+		}
+		return errors.Join(err, f.Close())
+	}
+	if to, err := filepath.EvalSymlinks(name); err == nil {
+		name = to
 	}
 	tmp := fmt.Sprintf("%s.%08x~", name, rand.Uint32())
 	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
@@ -232,10 +247,16 @@ func (e *env) writeFile(name string, write func(io.Writer) error) (err error) {
 	return os.Rename(tmp, name)
 }
 
+// special says whether there is something of that name that is no regular file.
+func special(name string) bool {
+	info, err := os.Stat(name)
+	return err == nil && !info.Mode().IsRegular()
+}
+
 // scratch makes a temporary file beside the file name, to be removed by remove.
 func scratch(name string) (f *os.File, remove func(), err error) {
 	dir, base := filepath.Split(name)
-	if name == "-" {
+	if name == "-" || special(name) {
 		dir, base = os.TempDir(), "ota"
 	} else if dir == "" {
 		dir = "."

@@ -148,7 +148,7 @@ func (s *shelf) look(ctx context.Context, name string, info fs.FileInfo, content
 	}
 	k = shelved{size: info.Size(), time: info.ModTime()}
 	sum := sha256.New()
-	anybody := &bundle.Policy{AllowUnsigned: true, AllowSHA1: true}
+	anybody := &bundle.Policy{AllowUnsigned: true, AllowSHA1: true, MaxWindow: bundle.MaxFrame, MaxIndex: maxIndex}
 	if b, err := anybody.Open(ctx, io.TeeReader(content, sum)); err == nil {
 		i := b.Info()
 		k.fw = i.Platform + " " + i.Version + " " + i.BuildID

@@ -80,6 +80,9 @@ func (s *simulation) prepare() (err error) {
 	if s.dir == "" {
 		return usagef("need -dir DIRECTORY")
 	}
+	if s.slotCount < 2 || s.slotCount > ota.MaxSlots { // before any file is made
+		return usagef("-slots: need 2 to %d", ota.MaxSlots)
+	}
 	if s.policy, err = s.pf.policy(); err != nil {
 		return err
 	}

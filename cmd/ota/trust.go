@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/slotota/ota"
+	"github.com/slotota/ota/bundle"
 	"github.com/slotota/ota/bundle/trust"
 )
 
@@ -638,6 +639,7 @@ func checkTrust(ctx context.Context, file, record string) error {
 	if err != nil {
 		return err
 	}
+	policy.MaxWindow, policy.MaxIndex = bundle.MaxFrame, maxIndex // the device knows its own
 	f, err := os.Open(file)
 	if err != nil {
 		return err

@@ -71,7 +71,8 @@ type volume interface {
 	close() error
 }
 
-// errInterrupted is what reads of a volume return whose update was interrupted.
+// isInterrupted reports whether err is that of reading a volume whose update was
+// interrupted.
 func isInterrupted(err error) bool { return errors.Is(err, errBadVolume) }
 
 // Flash is an [ota.Flash] that takes writes in order only. It is safe for concurrent
@@ -222,7 +223,7 @@ func (f *Flash) write(p []byte) (int, error) {
 	return n, nil
 }
 
-// fill is what the rest of a volume is filled with: UBI does not store it.
+// fillSize is how much of the rest of a volume is filled at once.
 const fillSize = 64 << 10
 
 // Sync completes the update under way, with 0xFF up to the size of the Flash.
@@ -269,7 +270,9 @@ type LEB struct {
 }
 
 // OpenLEB opens block number num of the dynamic volume at path; see [Open] for paths.
-// Its blocks must not be used in another way at the same time. A size of 0 means the
+// The kernel lets a volume be opened once to write (drivers/mtd/ubi/kapi.c,
+// ubi_open_volume), so each LEB takes a volume of its own: a second one fails with
+// EBUSY. A size of 0 means the
 // whole block; less makes writes cheaper.
 func OpenLEB(path string, num int, size int64) (*LEB, error) {
 	v, err := openVolume(path, false)

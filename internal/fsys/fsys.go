@@ -60,7 +60,11 @@ func Replace(f FS, name string, b []byte) error {
 		err = f.Rename(tmp, name)
 	}
 	if err != nil {
-		return errors.Join(err, f.Remove(tmp))
+		// That there is no such file is not why it failed.
+		if rerr := f.Remove(tmp); !errors.Is(rerr, fs.ErrNotExist) {
+			err = errors.Join(err, rerr)
+		}
+		return err
 	}
 	return f.SyncDir(path.Dir(name))
 }

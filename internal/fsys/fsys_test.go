@@ -68,6 +68,17 @@ func TestTooLarge(t *testing.T) {
 	require.ErrorIs(t, err, ota.ErrTooLarge)
 }
 
+type readOnly struct{ FS }
+
+func (readOnly) WriteFile(string, []byte) error { return fs.ErrPermission }
+
+// A Replace that fails says why, and not that a file is missing.
+func TestReplaceFails(t *testing.T) {
+	err := Replace(readOnly{OS{t.TempDir()}}, "/f", nil)
+	require.ErrorIs(t, err, fs.ErrPermission)
+	require.NotErrorIs(t, err, fs.ErrNotExist)
+}
+
 // TestReplaceIsAtomic cuts the power at every operation of a Replace: the file has
 // its old content or the new one, never part of it. A write in place is caught.
 func TestReplaceIsAtomic(t *testing.T) {
