@@ -10,7 +10,8 @@ import (
 // BootOptions configure [Boot]. The zero value is safe.
 type BootOptions struct {
 	// Order says which slots to try if no boot state can be read; nil means
-	// the read-only slots first, then the others, by number.
+	// the read-only slots first, then the others, by number. It names two at
+	// least, and none twice.
 	Order []SlotID
 	// Check is asked about a slot after its digests have matched, to check
 	// whatever the image format itself provides. An error counts as a failed
@@ -95,13 +96,16 @@ func boot(ctx context.Context, b Bootloader, slots []Slot, o *BootOptions) (Hand
 // bootOrder returns the order in which slots are tried without a boot state.
 func bootOrder(slots []Slot, order []SlotID) ([]SlotID, error) {
 	if order != nil {
-		for _, id := range order {
+		for i, id := range order {
 			if id < 0 || int(id) >= len(slots) {
 				return nil, &Error{Slot: id, Off: -1, Err: ErrUnknownSlot}
 			}
+			if slices.Contains(order[:i], id) {
+				return nil, fmt.Errorf("boot order: slot %d twice: %w", id, ErrInvalid)
+			}
 		}
-		if len(order) < 2 || order[0] == order[1] {
-			return nil, fmt.Errorf("boot order: need two different slots: %w", ErrInvalid)
+		if len(order) < 2 {
+			return nil, fmt.Errorf("boot order: need two slots: %w", ErrInvalid)
 		}
 		return order, nil
 	}

@@ -28,6 +28,7 @@ func TestBootOrder(t *testing.T) {
 		"unknown slot":    {o: ota.BootOptions{Order: []ota.SlotID{0, 2}}, ro: -1, err: ota.ErrUnknownSlot},
 		"one slot":        {o: ota.BootOptions{Order: []ota.SlotID{0}}, ro: -1, err: ota.ErrInvalid},
 		"slot twice":      {o: ota.BootOptions{Order: []ota.SlotID{0, 0}}, ro: -1, err: ota.ErrInvalid},
+		"last slot twice": {o: ota.BootOptions{Order: []ota.SlotID{0, 1, 1}}, ro: -1, err: ota.ErrInvalid},
 	} {
 		t.Run(name, func(t *testing.T) {
 			slots := append([]ota.Slot(nil), d.Slots...)

@@ -85,7 +85,20 @@ func TestMeasuringFails(t *testing.T) {
 	require.ErrorIs(t, err, memflash.ErrFault)
 	_, err = r.dev.Update(t.Context(), &sim.Image{V: 2}, nil)
 	require.ErrorIs(t, err, memflash.ErrFault)
+	var at *ota.Error
+	require.ErrorAs(t, err, &at)
+	require.Zero(t, at.Slot, "%v: it is the running slot that cannot be read", err)
 	require.Zero(t, r.Chip.Ops())
+
+	// Nor can it be copied once it was measured.
+	r.Chip.Plan()
+	r.update(2, 0)
+	require.NoError(t, r.dev.Revert(t.Context()))
+	r.Chip.Plan(unreadable)
+	_, err = r.dev.CreateSnapshot(t.Context(), nil)
+	require.ErrorIs(t, err, memflash.ErrFault)
+	require.ErrorAs(t, err, &at)
+	require.Zero(t, at.Slot, "%v: it is the running slot that cannot be read", err)
 
 	// The other slot is verified, the running one was never measured.
 	r.Chip.Plan()
@@ -125,6 +138,9 @@ func TestSnapshotRefusals(t *testing.T) {
 	r.boot()
 	_, err = r.dev.CreateSnapshot(t.Context(), nil)
 	require.ErrorIs(t, err, memflash.ErrFault)
+	var at *ota.Error
+	require.ErrorAs(t, err, &at)
+	require.Zero(t, at.Slot, "%v: it is the running slot that cannot be read", err)
 	require.Empty(t, r.stored().Slot(1).Parts)
 }
 

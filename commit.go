@@ -211,6 +211,9 @@ func (d *Device) trial(ctx context.Context, s BootState, g *guard) error {
 			return d.verdict(s.Trial)
 		}
 	}
+	if cur := d.current(); cur.Committed || cur.Trial != s.Trial {
+		return d.verdict(s.Trial) // also if ctx has ended since
+	}
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}

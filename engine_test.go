@@ -125,7 +125,9 @@ type target struct {
 	chip *memflash.Chip
 	o    ota.Options
 	wrap func(ota.Flash) ota.Flash // of slot 1, if not nil
-	dev  *ota.Device
+
+	mutable bool // the part of slot 1
+	dev     *ota.Device
 }
 
 func newTarget(t testing.TB, cfg memflash.Config, o ota.Options) *target {
@@ -146,7 +148,7 @@ func (d *target) open() {
 		f[1] = d.wrap(f[1])
 	}
 	d.dev, err = ota.Open(d.t.Context(), record, []ota.Slot{
-		{Parts: []ota.Part{{Name: "app", Flash: f[0]}}}, {Parts: []ota.Part{{Name: "app", Flash: f[1]}}},
+		{Parts: []ota.Part{{Name: "app", Flash: f[0]}}}, {Parts: []ota.Part{{Name: "app", Flash: f[1], Mutable: d.mutable}}},
 	}, &d.o)
 	require.NoError(d.t, err)
 }
@@ -221,6 +223,32 @@ func minus(a, b []int) []int {
 		a[i] -= b[i]
 	}
 	return a
+}
+
+// There are enough blocks for a chunk, also where BufferSize is no multiple of the erase
+// unit.
+func TestBlocksSuffice(t *testing.T) {
+	for _, tc := range []struct{ unit, buffer, chunk int64 }{
+		{64 << 10, 128<<10 - 1, 1 << 20},
+		{192 << 10, 0, ota.MaxChunk},
+		{4 << 10, 8<<10 - 1, 256 << 10},
+		{64 << 10, 1, 1 << 20},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			size := tc.chunk + tc.chunk/2
+			cfg := memflash.Config{Size: (size/tc.unit + 1) * tc.unit, EraseSize: tc.unit}
+			d := newTarget(t, cfg, ota.Options{BufferSize: int(tc.buffer)})
+			// Without UnitEraser.
+			d.wrap = func(f ota.Flash) ota.Flash { return plainEraser{flash{f}, f.(ota.Eraser), tc.unit} }
+			d.open()
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			img := &chunked{content: random(1, int(size)-100), size: tc.chunk}
+			_, err := d.dev.Update(ctx, img, nil)
+			require.NoError(t, err, "%+v", tc)
+			require.Equal(t, img.content, d.peek(1, len(img.content)))
+		})
+	}
 }
 
 // Whatever the medium, the chunks, the buffers and what was there before: the slot
@@ -492,6 +520,38 @@ func TestWeakBitsInBetween(t *testing.T) {
 					require.NoError(t, err)
 					require.True(t, bytes.Equal(v2, got), "seed %d, sector %d", seed, at)
 				}
+			}
+		}
+	}
+}
+
+// A part that the firmware writes to may hold what a power cut has left of that: it is
+// not believed, though nobody has updated the slot since it was verified.
+func TestWeakBitsInMutablePart(t *testing.T) {
+	const size, sector = 32 << 10, 4 << 10
+	cfg := memflash.Config{Size: size, EraseSize: sector}
+	v1, v2 := random(1, size), random(2, size)
+	copy(v2, v1[:size/2])
+	for _, chunk := range []int64{0, sector} {
+		for seed := range uint64(20) {
+			d := newTarget(t, cfg, ota.Options{})
+			d.mutable = true
+			d.open()
+			d.update(&chunked{content: v1, size: chunk})
+			// Its firmware runs, and is cut short in a write.
+			f := d.chip.Flashes()[1]
+			require.NoError(t, f.(ota.Eraser).Erase(5*sector, sector))
+			d.chip.Plan(memflash.Fault{Kind: memflash.CutWeak, At: d.chip.Ops(), Seed: seed})
+			_, err := f.WriteAt(v2[5*sector:6*sector], 5*sector)
+			require.ErrorIs(t, err, memflash.ErrPowerOff)
+			d.chip.PowerOn()
+			d.open()
+			d.update(&chunked{content: v2, size: chunk})
+			got := make([]byte, size)
+			for range 20 {
+				_, err := f.ReadAt(got, 0)
+				require.NoError(t, err)
+				require.True(t, bytes.Equal(v2, got), "seed %d, chunks of %d", seed, chunk)
 			}
 		}
 	}

@@ -40,7 +40,7 @@ type Device struct {
 	err      error     // failure of the last operation
 
 	// sound marks slots that no power cut has touched since their content was
-	// known. It belongs to the owner of the device.
+	// known, but for what their firmware has written to. It belongs to the owner of the device.
 	sound [MaxSlots]bool
 }
 
@@ -666,7 +666,7 @@ func (w *slotWriter) measure(ctx context.Context, next *BootState) error {
 		w.part = p.Name
 		sum, err := w.in.digest(ctx, p.Flash, p.Flash.Size())
 		if err != nil {
-			return inPart(p.Name, err)
+			return opErr("", w.d.running, inPart(p.Name, err))
 		}
 		st.Parts = append(st.Parts, PartState{p.Flash.Size(), sum})
 	}
@@ -733,7 +733,7 @@ func (w *slotWriter) fill(ctx context.Context, img Image, info *ImageInfo, next 
 		w.part = ip.Name
 		states[i], err = w.in.install(ctx, &job{
 			f: slot.Parts[i].Flash, want: want, data: ip.Data, stop: stop,
-			suspect: !w.d.sound[w.id], others: w.others(&known, ip.Name),
+			suspect: !w.d.sound[w.id] || slot.Parts[i].Mutable, others: w.others(&known, ip.Name),
 		})
 		if err != nil {
 			w.d.sound[w.id] = w.d.sound[w.id] && !w.in.failed
@@ -772,7 +772,7 @@ func (w *slotWriter) others(s *BootState, name string) []source {
 		if SlotID(i) == w.id || k < 0 || slot.Parts[k].Mutable {
 			continue
 		}
-		from := source{f: slot.Parts[k].Flash, size: slot.Parts[k].Flash.Size()}
+		from := source{id: SlotID(i), f: slot.Parts[k].Flash, size: slot.Parts[k].Flash.Size()}
 		if st := s.Slot(SlotID(i)); k < len(st.Parts) {
 			from.size = min(from.size, st.Parts[k].Size)
 		}

@@ -216,10 +216,10 @@ func (p *pipe) load(b *block) error {
 		case fromData:
 			err = p.take(b, pos, end)
 		case fromTarget:
-			err = p.copyFrom(b, p.medium(), pos, pos, end)
+			err = p.copyFrom(b, NoSlot, p.medium(), pos, pos, end)
 		default:
 			s, at := p.pl.other(pos, from)
-			if err = p.copyFrom(b, s.f, at, pos, end); err == nil {
+			if err = p.copyFrom(b, s.id, s.f, at, pos, end); err == nil {
 				p.in.counts.copied.Add(end - pos)
 			}
 		}
@@ -241,10 +241,11 @@ func (p *pipe) take(b *block, off, end int64) error {
 	return err
 }
 
-// copyFrom reads the bytes from off to end of the part from f, where they are at.
-func (p *pipe) copyFrom(b *block, f io.ReaderAt, at, off, end int64) error {
+// copyFrom reads the bytes from off to end of the part from f, where they are at. An
+// error names slot id, NoSlot for the target.
+func (p *pipe) copyFrom(b *block, id SlotID, f io.ReaderAt, at, off, end int64) error {
 	if err := readFull(f, b.bytes(off, end-off), at); err != nil {
-		return &Error{Op: "read", Slot: NoSlot, Off: off, Err: err}
+		return &Error{Op: "read", Slot: id, Off: at, Err: err}
 	}
 	return nil
 }
@@ -578,7 +579,8 @@ func newLayout(f Flash, size, block int64, chunks *Chunks) *layout {
 	l := &layout{f: f, page: WriteSize(f), size: size}
 	if l.e, _ = f.(Eraser); l.e != nil {
 		l.fill = ErasedByte(f)
-		l.block = max(block, l.e.EraseSize())
+		// Whole units, or blocks would be fewer than chunks wait for.
+		l.block = max(block/l.e.EraseSize(), 1) * l.e.EraseSize()
 		return l
 	}
 	l.grain = grainSize

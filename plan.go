@@ -30,6 +30,7 @@ const (
 
 // source is a part of another slot that chunks may be copied from.
 type source struct {
+	id   SlotID
 	f    Flash
 	size int64 // bytes that may be worth looking at
 }

@@ -50,7 +50,7 @@ func (d *Device) snapshot(ctx context.Context, setAsRevert bool, timeout time.Du
 		return NoSlot, err
 	}
 	st := next.Slot(d.running)
-	img := newSlotImage(&d.slots[d.running], &st)
+	img := newSlotImage(d.running, &d.slots[d.running], &st)
 	info := img.Info()
 	target, err := d.target(s, func(id SlotID) (bool, error) { return d.holds(s, id, &info) })
 	if err != nil {
@@ -71,7 +71,7 @@ func (d *Device) snapshot(ctx context.Context, setAsRevert bool, timeout time.Du
 		}
 		w.id, w.part = d.running, p.Name
 		if sum, err := w.in.digest(ctx, from.Flash, st.Parts[i].Size); err != nil {
-			return target, inPart(p.Name, err)
+			return target, opErr("", d.running, inPart(p.Name, err))
 		} else if sum != st.Parts[i].SHA256 {
 			return target, inPart(p.Name, ErrChanged)
 		}
@@ -86,13 +86,14 @@ func (d *Device) snapshot(ctx context.Context, setAsRevert bool, timeout time.Du
 
 // slotImage is the firmware in a slot, as an image.
 type slotImage struct {
+	id   SlotID
 	slot *Slot
 	info ImageInfo
 	next int
 }
 
-func newSlotImage(slot *Slot, st *SlotState) *slotImage {
-	img := &slotImage{slot: slot}
+func newSlotImage(id SlotID, slot *Slot, st *SlotState) *slotImage {
+	img := &slotImage{id: id, slot: slot}
 	for i, p := range slot.Parts {
 		info := PartInfo{Name: p.Name, Size: p.Flash.Size()}
 		if !p.Mutable {
@@ -112,5 +113,21 @@ func (i *slotImage) Next(ctx context.Context) (*ImagePart, error) {
 	p := i.info.Parts[i.next]
 	data := io.NewSectionReader(i.slot.Parts[i.next].Flash, 0, p.Size)
 	i.next++
-	return &ImagePart{PartInfo: p, Data: data}, nil
+	return &ImagePart{PartInfo: p, Data: &slotData{data, i.id}}, nil
+}
+
+// slotData reads a part of a slot. Errors say so, as the slot is not the one that is
+// being written.
+type slotData struct {
+	*io.SectionReader
+	id SlotID
+}
+
+func (d *slotData) Read(p []byte) (int, error) {
+	off, _ := d.Seek(0, io.SeekCurrent)
+	n, err := d.SectionReader.Read(p)
+	if err != nil && err != io.EOF {
+		err = &Error{Op: "read", Slot: d.id, Off: off, Err: err}
+	}
+	return n, err
 }

@@ -71,7 +71,7 @@ func (g *guard) release(ctx context.Context, err error) {
 	if g.w == nil {
 		return
 	}
-	off := ctx.Err() != nil
+	off := err != nil && ctx.Err() != nil
 	ctx = context.WithoutCancel(ctx)
 	if !off && !errors.Is(err, ErrReverted) { // committed, or there is nothing to go back to
 		if err := g.w.Disarm(ctx); err != nil {

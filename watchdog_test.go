@@ -147,6 +147,28 @@ func TestWatchdogRestart(t *testing.T) {
 	})
 }
 
+// A program that commits and then ends leaves no armed watchdog behind, whichever of
+// the two Watch sees first.
+func TestWatchdogCommitThenEnd(t *testing.T) {
+	for range 20 {
+		synctest.Test(t, func(t *testing.T) {
+			w := &dog{timeout: 8 * time.Second}
+			r, _ := onTrial(t, time.Hour, ota.Options{Watchdog: w.open})
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			watched := make(chan error, 1)
+			go func() { watched <- r.dev.Watch(ctx) }()
+			synctest.Wait()
+			require.NoError(t, r.dev.Commit(ctx))
+			cancel()
+			require.NoError(t, <-watched)
+			require.Zero(t, w.bite())
+			require.Equal(t, 1, w.disarmed)
+			require.Equal(t, 1, w.closed)
+		})
+	}
+}
+
 // after returns a context when the time has come.
 func after(d time.Duration) <-chan context.Context {
 	c := make(chan context.Context, 1)
