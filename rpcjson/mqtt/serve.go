@@ -93,8 +93,8 @@ func (o *ServeOptions) complete() (ServeOptions, error) {
 
 // Serve connects to the broker at rawURL and serves the calls for srv that come
 // there, and does so again whenever the connection breaks, until ctx ends. It
-// returns the cause of ctx, [rpcjson.ErrClosed] if srv has been closed, or at once
-// an error that wraps [ota.ErrInvalid]. o may be nil.
+// returns the cause of ctx, [rpcjson.ErrClosed] at the first call after srv has
+// been closed, or at once an error that wraps [ota.ErrInvalid]. o may be nil.
 //
 //	mqtt://[USER:PASSWORD@]HOST[:PORT]     port 1883 unless given
 //	mqtts://[USER:PASSWORD@]HOST[:PORT]    port 8883 unless given

@@ -259,7 +259,8 @@ func (p *port) Close() error {
 // Serve serves the frames that come over the port name until ctx ends or the
 // server is closed, which it returns the cause of. If the port cannot be opened or
 // fails, because it has been unplugged, Serve opens it again, after 1 to 30
-// seconds. It returns an error that wraps [ota.ErrInvalid] at once. o may be nil.
+// seconds; meanwhile only ctx ends it. It returns an error that wraps
+// [ota.ErrInvalid] at once. o may be nil.
 //
 // See [rpcjson.Server.ServeStream], which it calls. OTA.Write needs a checksum,
 // because a flipped bit can still be valid JSON.

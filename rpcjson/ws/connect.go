@@ -33,8 +33,8 @@ type ConnectOptions struct {
 
 // Connect connects to the server at rawURL and serves its calls, and does so again
 // whenever the connection breaks, until ctx ends. It returns the cause of ctx,
-// [rpcjson.ErrClosed] if srv has been closed, or at once an error that wraps
-// [ota.ErrInvalid]. o may be nil.
+// [rpcjson.ErrClosed] at the first call after srv has been closed, or at once an
+// error that wraps [ota.ErrInvalid]. o may be nil.
 //
 // URLs are those of [Dial]. The server must know the device by the URL, or by
 // what is in the handshake; what it may do the [rpcjson.Authorizer] decides, which
