@@ -349,7 +349,14 @@ func TestStreamPush(t *testing.T) {
 					require.Error(t, err)
 					require.ErrorContains(t, d.push(t.Context(), recorded(t, "small.zip")), "update is already in progress (1), call OTA.End")
 					d.with(func(conn *dev.MosDevConn) {
-						_, err := conn.CallRaw(t.Context(), "OTA.End", nil)
+						// Until the device has noticed that the first connection is gone, the
+						// session is another client's.
+						ctx, cancel := context.WithTimeout(t.Context(), deadline)
+						defer cancel()
+						_, err := conn.CallRaw(ctx, "OTA.End", nil)
+						for err != nil && ctx.Err() == nil && strings.Contains(err.Error(), "belongs to another client") {
+							_, err = conn.CallRaw(ctx, "OTA.End", nil)
+						}
 						require.ErrorContains(t, err, "remote error -1: ")
 					})
 					require.NoError(t, d.push(t.Context(), recorded(t, "small.zip")))
