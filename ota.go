@@ -40,7 +40,8 @@ type Device struct {
 	err      error     // failure of the last operation
 
 	// sound marks slots that no power cut has touched since their content was
-	// known, but for what their firmware has written to. It belongs to the owner of the device.
+	// known, but for what their firmware has written to. It belongs to the owner
+	// of the device.
 	sound [MaxSlots]bool
 }
 

@@ -169,15 +169,16 @@ func (r *Reader) open(p *Policy) error {
 }
 
 // text returns the content of the manifest's entry e, of limited size, and its
-// stored bytes.
+// stored bytes if they are others.
 func (r *Reader) text(e *entry) (raw, stored []byte, err error) {
 	if e.packed > maxManifest+maxManifest/8 {
 		return nil, nil, r.fail(e, because(ErrTooLarge, "manifest of %d bytes", e.packed))
 	}
 	raw = make([]byte, e.size)
-	in := &packed{r: r, end: r.off + e.packed, all: make([]byte, 0, e.packed)}
+	in := &packed{r: r, end: r.off + e.packed}
 	var body io.Reader = in
 	if e.method == methodDeflate {
+		in.all = make([]byte, 0, e.packed)
 		body = newInflater(in)
 	}
 	_, err = io.ReadFull(body, raw)

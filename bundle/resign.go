@@ -75,7 +75,8 @@ type ResignOptions struct {
 // behind that writes a manifest anew.
 //
 // f is verified first, in the way of [Policy.Verify] without keys and with the limits
-// of the format, and must have a SHA-256 for every part. Errors are of type [*Error]. f must not change meanwhile.
+// of the format, and must have a SHA-256 for every part. Errors are of type [*Error].
+// f must not change meanwhile.
 func Resign(ctx context.Context, w io.Writer, f File, o *ResignOptions) error {
 	size := f.Size()
 	r, err := (&Policy{AllowUnsigned: true, MaxWindow: MaxFrame, MaxIndex: maxIndex}).Verify(ctx, io.NewSectionReader(f, 0, size))

@@ -284,9 +284,11 @@ func (b *writer) index(m *Manifest) error {
 	n := int64(len(data))
 	p := Part{Name: IndexPart, Src: indexFile, Size: n, SHA1: &h1, SHA256: &h256, NoUpdate: true}
 	e := item{data: data, entry: entry{name: indexFile, crc: crc32.ChecksumIEEE(data), size: n}}
-	if z := deflated(data); b.compressed && len(z) < len(data) { // digests of equal chunks
-		e.data, e.method = z, methodDeflate
-		p.Storage = &Storage{Encoding: EncodingDeflate, Size: int64(len(z)), SHA256: sha256.Sum256(z)}
+	if b.compressed {
+		if z := deflated(data); len(z) < len(data) { // digests of equal chunks
+			e.data, e.method = z, methodDeflate
+			p.Storage = &Storage{Encoding: EncodingDeflate, Size: int64(len(z)), SHA256: sha256.Sum256(z)}
+		}
 	}
 	m.Parts = append(m.Parts, p)
 	e.packed = int64(len(e.data))

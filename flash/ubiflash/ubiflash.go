@@ -272,8 +272,7 @@ type LEB struct {
 // OpenLEB opens block number num of the dynamic volume at path; see [Open] for paths.
 // The kernel lets a volume be opened once to write (drivers/mtd/ubi/kapi.c,
 // ubi_open_volume), so each LEB takes a volume of its own: a second one fails with
-// EBUSY. A size of 0 means the
-// whole block; less makes writes cheaper.
+// EBUSY. A size of 0 means the whole block; less makes writes cheaper.
 func OpenLEB(path string, num int, size int64) (*LEB, error) {
 	v, err := openVolume(path, false)
 	if err != nil {
