@@ -964,3 +964,32 @@ func BenchmarkPushTCP(b *testing.B) {
 		}
 	})
 }
+
+// A channel that is closed while a call is about to be sent ends the call, which
+// the receiver, who tells the others, may have missed.
+func TestDatagramClosedBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := NewDatagram(nil, nil)
+		d.conn = &closedConn{d: d}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		start := time.Now()
+		_, err := d.RoundTrip(ctx, []byte(`{"id":1,"method":"RPC.Ping"}`), 1000)
+		require.ErrorIs(t, err, net.ErrClosed)
+		require.Zero(t, time.Since(start))
+		_, err = d.RoundTrip(ctx, []byte(`{"id":2,"method":"RPC.Ping"}`), 1000)
+		require.ErrorIs(t, err, errChannelClosed)
+	})
+}
+
+// closedConn is a connection of d, which is closed before the first write.
+type closedConn struct {
+	net.Conn
+	d *Datagram
+}
+
+func (c *closedConn) Write([]byte) (int, error) {
+	_ = c.d.Close()
+	return 0, net.ErrClosed
+}
+func (c *closedConn) Close() error { return nil }

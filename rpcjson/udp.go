@@ -383,6 +383,13 @@ func (d *Datagram) connected(ctx context.Context) (net.Conn, error) {
 	return c, nil
 }
 
+// has reports whether c is still the connection.
+func (d *Datagram) has(c net.Conn) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.conn == c
+}
+
 // receive receives until the connection is closed. Errors are news about what was
 // sent, such as that nobody listens there.
 func (d *Datagram) receive(c net.Conn) {
@@ -432,7 +439,8 @@ func (d *Datagram) RoundTrip(ctx context.Context, frame []byte, max int) ([]byte
 	}
 	var timer <-chan time.Time
 	for {
-		if _, err := c.Write(frame); err != nil && delay <= 0 {
+		// Once the connection has gone receive tells nobody any more.
+		if _, err := c.Write(frame); err != nil && (delay <= 0 || !d.has(c)) {
 			return nil, err
 		}
 		if delay > 0 {
