@@ -98,6 +98,7 @@ const (
 	minChunk     = 512
 	maxRestarts  = 2
 	stuckFor     = 10 * time.Minute // without a byte taken, while the device answers
+	maxEndDelay  = 2 * time.Second  // between calls of OTA.End to a device at work
 	probeOffset  = math.MaxInt32    // no bundle ends exactly there
 )
 
@@ -371,7 +372,7 @@ func (p *pusher) end(ctx context.Context) error {
 			return verdict
 		}
 		if verdict == nil {
-			w.reset() // it answers, and is at work
+			w.extend(maxEndDelay) // it answers, and is at work
 		}
 		if err := w.wait(ctx, err); err != nil {
 			return err
@@ -565,6 +566,12 @@ func newWaiter(limit time.Duration) *waiter { return &waiter{limit: limit} }
 
 // reset says that the device answered.
 func (w *waiter) reset() { w.delay = 0 }
+
+// extend says that the device answered, but has to be asked again: the time begins
+// anew, and the pauses go on growing, up to most.
+func (w *waiter) extend(most time.Duration) {
+	w.start, w.delay = time.Now(), min(w.delay, most)
+}
 
 // wait waits for the next attempt. It returns cause once the time is used up.
 func (w *waiter) wait(ctx context.Context, cause error) error {
