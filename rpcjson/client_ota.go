@@ -112,6 +112,15 @@ const (
 // so that the device can be updated again at once; an unreachable device gives up
 // by itself after the timeout.
 //
+// An error that comes before the last OTA.Write is sent means that the firmware is
+// not installed, as a device needs the whole bundle (Mongoose OS before 2020: all
+// but the central directory of the zip file). A later one leaves that open: although
+// a reply was lost, or ctx has ended, the device may have all the data, and then it
+// installs them, when the OTA.End comes that ends the session, or without one. In
+// this case ask [Client.Status] and [Client.BootState] once the device answers: the
+// firmware is installed if the state is [StateSuccess], or if the active slot is
+// another one than before the push.
+//
 // The error wraps [ota.ErrBusy] if another update is under way,
 // [ota.ErrRebootPending] if the device is about to reboot, [ErrUnknown] or what
 // [Client.Call] says. o may be nil.
