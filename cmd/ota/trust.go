@@ -167,6 +167,9 @@ func (n *noteFlags) define(fs *flag.FlagSet) {
 
 func (n *noteFlags) any() bool { return len(n.keys)+len(n.attach)+len(n.remove) > 0 }
 
+// files are the files that are read.
+func (n *noteFlags) files() []string { return slices.Concat(n.keys, n.attach, list{n.by}) }
+
 // lines reads the signatures to be attached to a note of that text.
 func (n *noteFlags) lines(text string) (sigs []trust.Signature, err error) {
 	var by *trust.Key
@@ -459,6 +462,9 @@ func trustSign(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 	out := fs.String("o", "", "write this `file` in place of changing the record")
 	return func(_ context.Context, e *env, args []string) error {
 		if err := want(args, 1, 1); err != nil {
+			return err
+		}
+		if err := otherThan(*out, f.files()...); err != nil {
 			return err
 		}
 		n, rec, err := readRecord(args[0])
