@@ -513,7 +513,8 @@ func sign(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 			return nil
 		}
 		o := &bundle.ResignOptions{Remove: note.remove}
-		if o.Keys, err = signers(*out, keys, func(i int) bool { return a.sigs[i] != nil }); err != nil {
+		taken := func(i int) bool { return a.sigs[i] != nil && !slices.Contains(note.remove, "sig"+strconv.Itoa(i)) }
+		if o.Keys, err = signers(*out, keys, taken); err != nil {
 			return err
 		}
 		if o.NoteKeys, err = noteKeys(note.keys); err != nil {

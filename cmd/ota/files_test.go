@@ -160,3 +160,22 @@ func TestOutputIsKey(t *testing.T) {
 		require.Zero(t, code, msg)
 	}
 }
+
+// A signature that is removed leaves its place to the next one.
+func TestSignInPlaceOfRemoved(t *testing.T) {
+	dir := t.TempDir()
+	in := func(name string) string { return filepath.Join(dir, name) }
+	run := func(args ...string) string {
+		code, out, msg := tool(t, false, args...)
+		require.Zero(t, code, msg)
+		return out
+	}
+	require.NoError(t, os.WriteFile(in("app.bin"), []byte("firmware"), 0o600))
+	for _, k := range []string{"a", "b", "c"} {
+		run("keygen", "-o", in(k+".pem"))
+	}
+	run("create", "-o", in("fw.zip"), "-platform", "p", "-version", "1", "-part", "app="+in("app.bin"), "-sign", in("a.pem"), "-sign", in("b.pem"))
+	require.Contains(t, run("sign", "-remove", "sig0", "-key", in("c.pem"), in("fw.zip")), "fw.zip  sig0 by ")
+	run("verify", "-key", in("c.pub.pem"), "-key", in("b.pub.pem"), in("fw.zip"))
+	require.Contains(t, run("sign", "-key", in("a.pem"), in("fw.zip")), "fw.zip  sig2 by ")
+}

@@ -161,7 +161,7 @@ func (n *noteFlags) define(fs *flag.FlagSet) {
 	fs.Var(&n.keys, "note", "Ed25519 private key, as of ota keygen -type note: `FILE`")
 	fs.Var(&n.attach, "attach", "`file` with signatures made elsewhere: a signed note, or lines of one; with -by, the 64 bytes that a module made")
 	fs.StringVar(&n.by, "by", "", "public key that the signature to be attached must be by: `FILE`")
-	fs.Var(&n.remove, "remove", "remove the signatures of this key first: `name` or id")
+	fs.Var(&n.remove, "remove", "remove the signatures of this key first: `name` or id; of a bundle also sig0 to sig7")
 	fs.BoolVar(&n.text, "text", false, "print the text to be signed elsewhere, and change nothing")
 }
 
