@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"math"
 	"net/http"
 	"net/http/httptest"
@@ -220,5 +221,33 @@ func TestCredentials(t *testing.T) {
 		require.NoError(t, err, c.target)
 		require.Equal(t, c.url, url)
 		require.Equal(t, c.want, o, c.target)
+	}
+}
+
+// A download is whole, or an error.
+func TestDownloadTooLarge(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/chunked" {
+			w.(http.Flusher).Flush()
+		}
+		_, _ = io.WriteString(w, "12345678") // the client may have gone
+	}))
+	defer srv.Close()
+	t.Setenv("TMPDIR", t.TempDir())
+	t.Setenv("TMP", os.Getenv("TMPDIR"))
+	e := &env{stderr: io.Discard}
+	for _, path := range []string{"/", "/chunked"} {
+		name, remove, err := download(t.Context(), e, srv.URL+path, 8)
+		require.NoError(t, err)
+		b, err := os.ReadFile(name)
+		require.NoError(t, err)
+		require.Equal(t, "12345678", string(b))
+		remove()
+		_, _, err = download(t.Context(), e, srv.URL+path, 7)
+		require.ErrorIs(t, err, ota.ErrTooLarge)
+		require.ErrorContains(t, err, "at most 7 bytes")
+		left, err := os.ReadDir(os.TempDir())
+		require.NoError(t, err)
+		require.Empty(t, left, "a temporary file is left")
 	}
 }
