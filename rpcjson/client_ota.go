@@ -98,6 +98,7 @@ const (
 	minChunk     = 512
 	maxRestarts  = 2
 	stuckFor     = 10 * time.Minute // without a byte taken, while the device answers
+	maxEndDelay  = 2 * time.Second  // between calls of OTA.End to a device at work
 	probeOffset  = math.MaxInt32    // no bundle ends exactly there
 )
 
@@ -110,6 +111,15 @@ const (
 // restarted meanwhile the push starts anew. If Push gives up it ends the session,
 // so that the device can be updated again at once; an unreachable device gives up
 // by itself after the timeout.
+//
+// An error that comes before the last OTA.Write is sent means that the firmware is
+// not installed, as a device needs the whole bundle (Mongoose OS before 2020: all
+// but the central directory of the zip file). A later one leaves that open: although
+// a reply was lost, or ctx has ended, the device may have all the data, and then it
+// installs them, when the OTA.End comes that ends the session, or without one. In
+// this case ask [Client.Status] and [Client.BootState] once the device answers: the
+// firmware is installed if the state is [StateSuccess], or if the active slot is
+// another one than before the push.
 //
 // The error wraps [ota.ErrBusy] if another update is under way,
 // [ota.ErrRebootPending] if the device is about to reboot, [ErrUnknown] or what
@@ -371,7 +381,7 @@ func (p *pusher) end(ctx context.Context) error {
 			return verdict
 		}
 		if verdict == nil {
-			w.reset() // it answers, and is at work
+			w.extend(maxEndDelay) // it answers, and is at work
 		}
 		if err := w.wait(ctx, err); err != nil {
 			return err
@@ -565,6 +575,12 @@ func newWaiter(limit time.Duration) *waiter { return &waiter{limit: limit} }
 
 // reset says that the device answered.
 func (w *waiter) reset() { w.delay = 0 }
+
+// extend says that the device answered, but has to be asked again: the time begins
+// anew, and the pauses go on growing, up to most.
+func (w *waiter) extend(most time.Duration) {
+	w.start, w.delay = time.Now(), min(w.delay, most)
+}
 
 // wait waits for the next attempt. It returns cause once the time is used up.
 func (w *waiter) wait(ctx context.Context, cause error) error {

@@ -435,6 +435,8 @@ type session struct {
 	// odd, if not nil, may answer a write in its own way.
 	odd func(s *session, off int64, data []byte) (err *rpcjson.Error, lost, handled bool)
 	end *rpcjson.Error
+	// answer, if not nil, may answer any call, with a result or an error.
+	answer func(method string) (string, *rpcjson.Error)
 }
 
 func (s *session) Close() error { return nil }
@@ -476,6 +478,11 @@ func (s *session) RoundTrip(_ context.Context, frame []byte, _ int) ([]byte, err
 		}
 		if lost {
 			return nil, errCut
+		}
+	}
+	if s.answer != nil {
+		if r, err := s.answer(f.Method); r != "" || err != nil {
+			result, e = r, err
 		}
 	}
 	if e != nil {
@@ -584,6 +591,30 @@ func TestPushUnreachable(t *testing.T) {
 		require.ErrorIs(t, err, rpcjson.ErrNoReply)
 		require.ErrorIs(t, err, errCut)
 		require.InDelta(t, 30, time.Since(start).Seconds(), 6)
+	})
+}
+
+// A device that is busy for long with the end of an update is asked now and then.
+func TestPushEndSlow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var ends []time.Duration
+		s := &session{}
+		start := time.Now()
+		s.answer = func(method string) (string, *rpcjson.Error) {
+			switch {
+			case method == "OTA.End" && time.Since(start) < 3*time.Minute:
+				ends = append(ends, time.Since(start))
+				return "", &rpcjson.Error{Code: 503, Message: "busy"}
+			case method == "OTA.Status" && len(ends) > 0:
+				return `{"state": 1, "message": "progress", "is_committed": true, "progress_percent": 99}`, nil
+			}
+			return "", nil
+		}
+		require.NoError(t, rpcjson.NewClient(s, nil).Push(t.Context(), strings.NewReader("data"), 4, nil))
+		require.LessOrEqual(t, time.Since(start), 3*time.Minute+2*time.Second)
+		ms := func(n int) time.Duration { return time.Duration(n) * time.Millisecond }
+		require.Equal(t, []time.Duration{0, ms(100), ms(300), ms(700), ms(1500), ms(3100), ms(5100), ms(7100)}, ends[:8])
+		require.Less(t, len(ends), 100)
 	})
 }
 

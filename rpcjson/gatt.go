@@ -46,12 +46,16 @@ type GATTServer struct {
 	got     []byte   // of it
 	calls   int      // being served
 	replies [][]byte // to be read; the first one perhaps in part already
+
+	due, notifying bool // the first reply is to be notified of; somebody does that
 }
 
 // NewGATTServer returns a server for a central that has just connected. Its Close
 // must be called when it disconnects, or if ctx ends. Channel of peer is GATTS if
 // it has none. notify, if not nil, is called with the value of GATTRxCtl when
-// there is a reply to be read; it should send a notification.
+// there is another reply to be read: as soon as it is there, or the one before has
+// been read. It should send a notification, may block, and is not called
+// concurrently.
 //
 // Pairing is the business of the stack; the [Authorizer] is asked about each call.
 func (s *Server) NewGATTServer(ctx context.Context, peer Peer, notify func(value []byte)) *GATTServer {
@@ -65,7 +69,9 @@ func (s *Server) NewGATTServer(ctx context.Context, peer Peer, notify func(value
 
 // Close ends the calls under way and waits for them.
 func (g *GATTServer) Close() error {
+	g.mu.Lock()
 	g.cancel()
+	g.mu.Unlock()
 	g.wg.Wait()
 	return nil
 }
@@ -83,17 +89,45 @@ func (g *GATTServer) Write(characteristic string, value []byte) error {
 			g.s.log.Debug("rpc: frame not answered", "channel", g.peer.Channel, "peer", g.peer.Addr, "err", err)
 		}
 		g.mu.Lock()
+		defer g.mu.Unlock()
 		g.calls--
-		first := reply != nil && len(g.replies) == 0
 		if reply != nil {
 			g.replies = append(g.replies, reply)
 		}
-		g.mu.Unlock()
-		if first && g.notify != nil {
-			g.notify(binary.BigEndian.AppendUint32(nil, uint32(len(reply))))
+		if reply != nil && len(g.replies) == 1 {
+			g.announce()
 		}
 	})
 	return nil
+}
+
+// announce has the central notified of the next reply. g.mu is held.
+func (g *GATTServer) announce() {
+	if g.notify == nil || g.ctx.Err() != nil {
+		return
+	}
+	g.due = true
+	if !g.notifying {
+		g.notifying = true
+		g.wg.Go(g.notifyAll)
+	}
+}
+
+// notifyAll notifies as long as there is something to notify of: one goroutine,
+// for order, and none of the stack's, which has to send what was read first.
+func (g *GATTServer) notifyAll() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for g.due && g.ctx.Err() == nil {
+		g.due = false
+		if len(g.replies) > 0 {
+			value := binary.BigEndian.AppendUint32(nil, uint32(len(g.replies[0])))
+			g.mu.Unlock()
+			g.notify(value)
+			g.mu.Lock()
+		}
+	}
+	g.notifying = false
 }
 
 // take adds to the request and returns it once it is complete.
@@ -150,6 +184,9 @@ func (g *GATTServer) Read(characteristic string, n int) ([]byte, error) {
 		n = max(0, min(n, len(first)))
 		if n == len(first) && n > 0 {
 			g.replies = slices.Delete(g.replies, 0, 1)
+			if len(g.replies) > 0 {
+				g.announce()
+			}
 		} else if n > 0 {
 			g.replies[0] = first[n:]
 		}

@@ -136,6 +136,55 @@ func TestGATTServer(t *testing.T) {
 	})
 }
 
+// Every reply is notified when it is the next to be read, one at a time.
+func TestGATTNotify(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newTest(t, newFake(), nil)
+		var notes []string
+		g := s.NewGATTServer(t.Context(), Peer{}, func(v []byte) { notes = append(notes, string(v)) })
+		var replies []string
+		for _, call := range []string{askState, `{"id":1,"method":"X"}`, `{"id":22,"method":"X"}`} {
+			require.NoError(t, g.Write(GATTTxCtl, u32(uint32(len(call)))))
+			require.NoError(t, g.Write(GATTData, []byte(call)))
+			synctest.Wait()
+			b, err := s.Call(t.Context(), Peer{}, []byte(call))
+			require.NoError(t, err)
+			replies = append(replies, string(b))
+		}
+		read := func(n int) string {
+			b, err := g.Read(GATTData, n)
+			require.NoError(t, err)
+			synctest.Wait()
+			return string(b)
+		}
+		length := func(reply string) string { return string(u32(uint32(len(reply)))) }
+		want := []string{length(replies[0])}
+		require.Equal(t, want, notes)
+		first := read(7)
+		require.Equal(t, want, notes, "not all of it has been read")
+		require.Equal(t, replies[0], first+read(999))
+		want = append(want, length(replies[1]))
+		require.Equal(t, want, notes)
+		require.Equal(t, replies[1], read(999))
+		want = append(want, length(replies[2]))
+		require.Equal(t, want, notes)
+		require.Equal(t, replies[2], read(999))
+		require.Empty(t, read(999))
+		require.Equal(t, want, notes)
+
+		// Not any more once it is closed.
+		for range 2 {
+			require.NoError(t, g.Write(GATTTxCtl, u32(uint32(len(askState)))))
+			require.NoError(t, g.Write(GATTData, []byte(askState)))
+			synctest.Wait()
+		}
+		want = append(want, length(stateReply))
+		require.NoError(t, g.Close())
+		require.Equal(t, stateReply, read(999))
+		require.Equal(t, want, notes)
+	})
+}
+
 // The central copes with stale, wrong and too long replies.
 func TestGATTClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -228,6 +228,46 @@ func TestUDPDuplicates(t *testing.T) {
 	})
 }
 
+// A datagram that was not executed is no duplicate of one that may be.
+func TestUDPRefused(t *testing.T) {
+	const call = `{"id":1,"method":"Toggle"}`
+	const done = `{"id":1,"src":"esp32_123456","result":null}`
+	serve := func(t *testing.T, o *PacketOptions, change func(*Options)) (*etherConn, *Server, *packetServer) {
+		s := newTest(t, newFake(), change)
+		require.NoError(t, s.Handle("Toggle", "", Operate, func(context.Context, *Request) (any, error) { return nil, nil }))
+		e, p := serveEther(t, s, o)
+		return e.open("10.0.0.2:5000", deviceAddr), s, p
+	}
+	t.Run("peer", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			refuse := true
+			c, _, p := serve(t, &PacketOptions{Peer: func(net.Addr) (Peer, error) {
+				if refuse {
+					return Peer{}, errors.New("not you")
+				}
+				return Peer{}, nil
+			}}, nil)
+			require.Empty(t, c.ask(t, call))
+			require.Empty(t, p.sources, "who is refused takes no place")
+			refuse = false
+			require.Equal(t, []string{done}, c.ask(t, call))
+			refuse = true
+			require.Empty(t, c.ask(t, call), "not any more")
+		})
+	})
+	t.Run("overflow", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			c, s, _ := serve(t, nil, func(o *Options) { o.MaxPending = 1 })
+			require.True(t, s.acquire())
+			require.Empty(t, c.ask(t, call))
+			time.Sleep(time.Second)
+			require.Equal(t, []string{`{"id":1,"src":"esp32_123456","error":{"code":429,"message":"Request queue overflow"}}`}, c.ask(t, ""))
+			s.release()
+			require.Equal(t, []string{done}, c.ask(t, call))
+		})
+	})
+}
+
 // A push session belongs to the address that has begun it.
 func TestUDPPinned(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -924,3 +964,32 @@ func BenchmarkPushTCP(b *testing.B) {
 		}
 	})
 }
+
+// A channel that is closed while a call is about to be sent ends the call, which
+// the receiver, who tells the others, may have missed.
+func TestDatagramClosedBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := NewDatagram(nil, nil)
+		d.conn = &closedConn{d: d}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		start := time.Now()
+		_, err := d.RoundTrip(ctx, []byte(`{"id":1,"method":"RPC.Ping"}`), 1000)
+		require.ErrorIs(t, err, net.ErrClosed)
+		require.Zero(t, time.Since(start))
+		_, err = d.RoundTrip(ctx, []byte(`{"id":2,"method":"RPC.Ping"}`), 1000)
+		require.ErrorIs(t, err, errChannelClosed)
+	})
+}
+
+// closedConn is a connection of d, which is closed before the first write.
+type closedConn struct {
+	net.Conn
+	d *Datagram
+}
+
+func (c *closedConn) Write([]byte) (int, error) {
+	_ = c.d.Close()
+	return 0, net.ErrClosed
+}
+func (c *closedConn) Close() error { return nil }

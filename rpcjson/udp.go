@@ -38,8 +38,8 @@ type PacketOptions struct {
 	// MaxSources bounds the addresses whose recent calls are remembered, and
 	// the calls of each at a time are bounded, too. 0 means DefaultMaxSources.
 	MaxSources int
-	// Peer, if not nil, describes a source, or refuses it with an error; it is
-	// not answered then.
+	// Peer, if not nil, describes the source of each datagram that is a call, or
+	// refuses it with an error; it is not answered then, nor remembered.
 	Peer func(net.Addr) (Peer, error)
 }
 
@@ -50,8 +50,9 @@ type PacketOptions struct {
 // Calls of methods that need more than the right Read are executed once: if the
 // same datagram comes again from the same address within a minute, because it or
 // the reply got lost, it gets the same reply, as long as it is among the last 8 of
-// its source. A push session belongs to the address that it comes from, as the
-// package documentation says.
+// its source. Calls that were refused for there were too many are not remembered. A
+// push session belongs to the address that it comes from, as the package
+// documentation says.
 //
 // Anybody can send a datagram in the name of another address, so an address
 // proves nothing. The [Authorizer] is asked about each call, with a [Peer] whose
@@ -149,6 +150,14 @@ func (p *packetServer) serve(ctx context.Context, addr net.Addr, b []byte) {
 	if err != nil || f.method == "" {
 		return
 	}
+	peer := Peer{Channel: "UDP_in", Addr: key}
+	if p.o.Peer != nil {
+		// Who is refused leaves nothing behind, and gets no old reply.
+		if peer, err = p.o.Peer(addr); err != nil {
+			p.s.log.Warn("rpc: datagram refused", "peer", key, "err", err)
+			return
+		}
+	}
 	m := p.s.method(f.method)
 	src, mem, again, ok := p.enter(key, b, f.id != "" && m != nil && m.right != Read)
 	if !ok {
@@ -158,25 +167,19 @@ func (p *packetServer) serve(ctx context.Context, addr net.Addr, b []byte) {
 		return
 	}
 	defer p.leave(src)
-	peer := Peer{Channel: "UDP_in", Addr: key}
-	if p.o.Peer != nil {
-		if peer, err = p.o.Peer(addr); err != nil {
-			p.s.log.Warn("rpc: datagram refused", "peer", key, "err", err)
-			return
-		}
-	}
+	admitted := p.s.acquireSoon(ctx)
 	send := func(reply []byte) error {
 		if len(reply) > p.o.MaxReply {
 			reply = appendReply(nil, &f, p.s.o.ID, nil, errorf(500, "reply of %d bytes, at most %d in a datagram", len(reply), p.o.MaxReply))
 		}
-		if bytes.HasSuffix(reply, notOwnerReply) {
-			p.forget(src, mem) // it may work later
+		if !admitted || bytes.HasSuffix(reply, notOwnerReply) {
+			p.forget(src, mem) // not executed; it may work later
 		} else {
 			p.remember(mem, reply)
 		}
 		return p.write(reply, addr)
 	}
-	if err := p.s.serve(ctx, &peer, &f, send, p.s.acquireSoon(ctx)); err != nil {
+	if err := p.s.serve(ctx, &peer, &f, send, admitted); err != nil {
 		p.s.log.Debug("rpc: datagram not answered", "peer", key, "err", err)
 	}
 }
@@ -380,6 +383,13 @@ func (d *Datagram) connected(ctx context.Context) (net.Conn, error) {
 	return c, nil
 }
 
+// has reports whether c is still the connection.
+func (d *Datagram) has(c net.Conn) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.conn == c
+}
+
 // receive receives until the connection is closed. Errors are news about what was
 // sent, such as that nobody listens there.
 func (d *Datagram) receive(c net.Conn) {
@@ -429,7 +439,8 @@ func (d *Datagram) RoundTrip(ctx context.Context, frame []byte, max int) ([]byte
 	}
 	var timer <-chan time.Time
 	for {
-		if _, err := c.Write(frame); err != nil && delay <= 0 {
+		// Once the connection has gone receive tells nobody any more.
+		if _, err := c.Write(frame); err != nil && (delay <= 0 || !d.has(c)) {
 			return nil, err
 		}
 		if delay > 0 {

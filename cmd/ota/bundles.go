@@ -400,8 +400,11 @@ func (c *creation) part(spec string) error {
 }
 
 func (c *creation) write(ctx context.Context, e *env) error {
-	keys, err := signers(c.sign, nil)
+	keys, err := signers(c.out, c.sign, nil)
 	if err != nil {
+		return err
+	}
+	if err := otherThan(c.out, c.note...); err != nil {
 		return err
 	}
 	noteKeys, err := noteKeys(c.note)
@@ -496,6 +499,9 @@ func sign(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 		if len(keys) == 0 && !note.any() && !note.text {
 			return usagef("need -key FILE, -note FILE, -attach FILE, -remove NAME or -text")
 		}
+		if err := otherThan(*out, note.files()...); err != nil {
+			return err
+		}
 		a, err := openArchive(ctx, args[0])
 		if err != nil {
 			return err
@@ -507,7 +513,8 @@ func sign(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 			return nil
 		}
 		o := &bundle.ResignOptions{Remove: note.remove}
-		if o.Keys, err = signers(keys, func(i int) bool { return a.sigs[i] != nil }); err != nil {
+		taken := func(i int) bool { return a.sigs[i] != nil && !slices.Contains(note.remove, "sig"+strconv.Itoa(i)) }
+		if o.Keys, err = signers(*out, keys, taken); err != nil {
 			return err
 		}
 		if o.NoteKeys, err = noteKeys(note.keys); err != nil {

@@ -44,7 +44,7 @@ func commands() []command {
 				"ota create -o fw.zip -dir build/ -platform esp32 -part nvs=,size=16384,fill=255",
 			}, create},
 		{"sign", "FILE", "add or replace signatures",
-			"All else in the bundle keeps its bytes, so that signatures of other keys stay valid. A P-256 key goes into the first free place, or into the one named; the signatures of Ed25519 keys (-note) go into one signed note.\n" +
+			"All else in the bundle keeps its bytes, so that signatures of other keys stay valid. A P-256 key goes into the first place that is free, or that -remove makes free, or into the one named; the signatures of Ed25519 keys (-note) go into one signed note.\n" +
 				"To sign with a key that is elsewhere, print the text (-text), sign its bytes with Ed25519 there, and attach the signature (-attach, -by).",
 			[]string{"ota sign -note release.key fw.zip", "ota sign -text fw.zip >text", "ota sign -attach text.sig -by hsm.pub fw.zip",
 				"ota sign -key release.pem fw.zip", "ota sign -key 2=second.pem -o both.zip fw.zip"}, sign},

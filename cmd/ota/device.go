@@ -531,7 +531,7 @@ func push(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 		name := args[0]
 		if strings.HasPrefix(name, "http://") || strings.HasPrefix(name, "https://") {
 			var remove func()
-			if name, remove, err = download(ctx, e, name); err != nil {
+			if name, remove, err = download(ctx, e, name, maxDownload); err != nil {
 				return err
 			}
 			defer remove()
@@ -595,8 +595,12 @@ func push(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 	}
 }
 
-// download gets a bundle for a device that cannot reach the server itself.
-func download(ctx context.Context, e *env, url string) (name string, remove func(), err error) {
+// maxDownload is the most that a zip file without the extensions of ZIP64 can have.
+const maxDownload = 1<<32 - 1
+
+// download gets a bundle of at most so many bytes, for a device that cannot reach the
+// server itself.
+func download(ctx context.Context, e *env, url string, most int64) (name string, remove func(), err error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return "", nil, usagef("%w", err)
@@ -609,6 +613,10 @@ func download(ctx context.Context, e *env, url string) (name string, remove func
 	if res.StatusCode != http.StatusOK {
 		return "", nil, fmt.Errorf("download: HTTP status %s", plain(res.Status))
 	}
+	tooLarge := fmt.Errorf("download: at most %d bytes: %w", most, ota.ErrTooLarge)
+	if res.ContentLength > most {
+		return "", nil, tooLarge
+	}
 	f, err := os.CreateTemp("", "ota-*.zip")
 	if err != nil {
 		return "", nil, err
@@ -616,12 +624,15 @@ func download(ctx context.Context, e *env, url string) (name string, remove func
 	remove = func() { os.Remove(f.Name()) }
 	bar := e.bar("download")
 	var done int64
-	_, err = io.Copy(f, io.TeeReader(io.LimitReader(res.Body, 1<<32), writerFunc(func(p []byte) (int, error) {
+	_, err = io.Copy(f, io.TeeReader(io.LimitReader(res.Body, most+1), writerFunc(func(p []byte) (int, error) {
 		done += int64(len(p))
 		bar.show(done, res.ContentLength)
 		return len(p), nil
 	})))
 	bar.end()
+	if done > most {
+		err = tooLarge
+	}
 	if err = errors.Join(err, f.Close()); err != nil {
 		remove()
 		return "", nil, err

@@ -253,6 +253,20 @@ func special(name string) bool {
 	return err == nil && !info.Mode().IsRegular()
 }
 
+// otherThan reports an error if out is one of the files, which are read, too.
+func otherThan(out string, files ...string) error {
+	to, err := os.Stat(out)
+	if err != nil || !to.Mode().IsRegular() {
+		return nil // nothing to lose
+	}
+	for _, name := range files {
+		if info, err := os.Stat(name); err == nil && os.SameFile(info, to) {
+			return usagef("%s: it is read, so -o must be another file", name)
+		}
+	}
+	return nil
+}
+
 // scratch makes a temporary file beside the file name, to be removed by remove.
 func scratch(name string) (f *os.File, remove func(), err error) {
 	dir, base := filepath.Split(name)
@@ -311,10 +325,13 @@ func indexed(l list, taken func(int) bool) (files [bundle.MaxKeys]string, err er
 	return files, nil
 }
 
-// signers reads private keys.
-func signers(l list, taken func(int) bool) ([]crypto.Signer, error) {
+// signers reads private keys, none of which may be the file out.
+func signers(out string, l list, taken func(int) bool) ([]crypto.Signer, error) {
 	names, err := indexed(l, taken)
 	if err != nil {
+		return nil, err
+	}
+	if err := otherThan(out, names[:]...); err != nil {
 		return nil, err
 	}
 	keys := make([]crypto.Signer, len(names))

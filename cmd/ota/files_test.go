@@ -99,3 +99,83 @@ func TestOutputIsInput(t *testing.T) {
 	code, _, msg = tool(t, false, "create", "-o", zip, "-from", zip, "-version", "2")
 	require.Zero(t, code, msg)
 }
+
+// Keys and other files that are read are not what is written to.
+func TestOutputIsKey(t *testing.T) {
+	dir := t.TempDir()
+	in := func(name string) string { return filepath.Join(dir, name) }
+	require.NoError(t, os.WriteFile(in("app.bin"), []byte("firmware"), 0o600))
+	for _, args := range [][]string{
+		{"keygen", "-o", in("k.pem")},
+		{"keygen", "-type", "note", "-name", "n", "-o", in("n.key")},
+		{"keygen", "-type", "note", "-name", "r", "-o", in("r.key")},
+		{"create", "-o", in("fw.zip"), "-platform", "p", "-version", "1", "-part", "app=" + in("app.bin"), "-note", in("n.key")},
+		{"trust", "init", "-o", in("trust"), "-root", in("r.pub"), "-release", in("n.pub"), "-note", in("r.key")},
+	} {
+		code, _, msg := tool(t, false, args...)
+		require.Zero(t, code, msg)
+	}
+	require.NoError(t, os.WriteFile(in("text.sig"), make([]byte, 64), 0o600))
+	require.NoError(t, os.Link(in("k.pem"), in("link.pem")))
+	read := func() map[string]string {
+		all := map[string]string{}
+		list, err := os.ReadDir(dir)
+		require.NoError(t, err)
+		for _, f := range list {
+			b, err := os.ReadFile(in(f.Name()))
+			require.NoError(t, err)
+			all[f.Name()] = string(b)
+		}
+		return all
+	}
+	before := read()
+	create := []string{"create", "-platform", "p", "-version", "1", "-part", "app=" + in("app.bin")}
+	sign, record := []string{"sign", in("fw.zip")}, []string{"trust", "sign", in("trust")}
+	for _, c := range []struct {
+		args []string
+		out  string
+	}{
+		{append(create, "-sign", in("k.pem")), "k.pem"},
+		{append(create, "-sign", "3="+in("k.pem")), "k.pem"},
+		{append(create, "-sign", in("link.pem")), "k.pem"},
+		{append(create, "-note", in("n.key")), "n.key"},
+		{append(sign, "-key", in("k.pem")), "k.pem"},
+		{append(sign, "-key", "0="+in("k.pem")), "link.pem"},
+		{append(sign, "-note", in("n.key")), "n.key"},
+		{append(sign, "-attach", in("text.sig"), "-by", in("n.pub")), "text.sig"},
+		{append(sign, "-attach", in("text.sig"), "-by", in("n.pub")), "n.pub"},
+		{append(record, "-note", in("r.key")), "r.key"},
+	} {
+		code, _, msg := tool(t, false, append(c.args, "-o", in(c.out))...)
+		require.Equal(t, exitUsage, code, "%v %s", c.args, msg)
+		require.Contains(t, msg, "-o must be another file")
+		require.Equal(t, before, read(), "%v", c.args)
+	}
+	// A bundle or a record may take the place of the one that it is made from.
+	for _, args := range [][]string{
+		append(sign, "-key", in("k.pem"), "-o", in("fw.zip")),
+		append(record, "-note", in("r.key"), "-o", in("trust")),
+	} {
+		code, _, msg := tool(t, false, args...)
+		require.Zero(t, code, msg)
+	}
+}
+
+// A signature that is removed leaves its place to the next one.
+func TestSignInPlaceOfRemoved(t *testing.T) {
+	dir := t.TempDir()
+	in := func(name string) string { return filepath.Join(dir, name) }
+	run := func(args ...string) string {
+		code, out, msg := tool(t, false, args...)
+		require.Zero(t, code, msg)
+		return out
+	}
+	require.NoError(t, os.WriteFile(in("app.bin"), []byte("firmware"), 0o600))
+	for _, k := range []string{"a", "b", "c"} {
+		run("keygen", "-o", in(k+".pem"))
+	}
+	run("create", "-o", in("fw.zip"), "-platform", "p", "-version", "1", "-part", "app="+in("app.bin"), "-sign", in("a.pem"), "-sign", in("b.pem"))
+	require.Contains(t, run("sign", "-remove", "sig0", "-key", in("c.pem"), in("fw.zip")), "fw.zip  sig0 by ")
+	run("verify", "-key", in("c.pub.pem"), "-key", in("b.pub.pem"), in("fw.zip"))
+	require.Contains(t, run("sign", "-key", in("a.pem"), in("fw.zip")), "fw.zip  sig2 by ")
+}

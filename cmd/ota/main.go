@@ -17,6 +17,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/slotota/ota"
@@ -121,16 +122,49 @@ func isTerminal(f *os.File) bool {
 	return err == nil && info.Mode()&os.ModeCharDevice != 0 && f.Name() != os.DevNull
 }
 
+// output is the standard output. It remembers the first error, as those who print
+// do not look.
+type output struct {
+	w io.Writer
+
+	mu  sync.Mutex
+	err error
+}
+
+func (o *output) Write(p []byte) (n int, err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.err == nil {
+		n, o.err = o.w.Write(p)
+	}
+	return n, o.err
+}
+
 // run runs a command and returns the exit code.
 func (e *env) run(ctx context.Context, args []string) int {
+	out := &output{w: e.stdout}
+	inner := *e
+	inner.stdout = out
+	code, err := inner.dispatch(ctx, args)
+	if out.err != nil && !errors.Is(err, out.err) {
+		e.notef("%v", out.err)
+		if code == exitOK {
+			code = exitFailed
+		}
+	}
+	return code
+}
+
+// dispatch runs a command and returns the exit code, and the error it has told of.
+func (e *env) dispatch(ctx context.Context, args []string) (int, error) {
 	if len(args) == 0 {
 		e.usage(e.stderr)
-		return exitUsage
+		return exitUsage, nil
 	}
 	switch args[0] {
 	case "-h", "-help", "--help":
 		e.usage(e.stdout)
-		return exitOK
+		return exitOK, nil
 	case "-version", "--version":
 		args[0] = "version"
 	}
@@ -142,7 +176,7 @@ func (e *env) run(ctx context.Context, args []string) int {
 		} else {
 			e.notef("hint: ota help lists them")
 		}
-		return exitUsage
+		return exitUsage, nil
 	}
 	fs := flag.NewFlagSet(c.name, flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
@@ -151,13 +185,13 @@ func (e *env) run(ctx context.Context, args []string) int {
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		c.help(e.stdout)
-		return exitOK
+		return exitOK, nil
 	case err != nil:
 		err = usagef("%w", err)
 	default:
 		err = run(ctx, e, rest)
 	}
-	return e.report(c, err)
+	return e.report(c, err), err
 }
 
 // parse parses flags wherever they stand; after -- there are none.

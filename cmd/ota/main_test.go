@@ -6,12 +6,14 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"math"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -220,5 +222,86 @@ func TestCredentials(t *testing.T) {
 		require.NoError(t, err, c.target)
 		require.Equal(t, c.url, url)
 		require.Equal(t, c.want, o, c.target)
+	}
+}
+
+// fullDisk takes so many bytes.
+type fullDisk struct{ room int }
+
+func (d *fullDisk) Write(p []byte) (int, error) {
+	n := min(len(p), d.room)
+	if d.room -= n; n < len(p) {
+		return n, syscall.ENOSPC
+	}
+	return n, nil
+}
+
+// Who asks for output and cannot be given it is told so.
+func TestStdoutFull(t *testing.T) {
+	dir := t.TempDir()
+	in := func(name string) string { return filepath.Join(dir, name) }
+	require.NoError(t, os.WriteFile(in("app.bin"), []byte("firmware"), 0o600))
+	for _, args := range [][]string{
+		{"keygen", "-o", in("k.pem")},
+		{"keygen", "-type", "note", "-name", "n", "-o", in("n.key")},
+		{"keygen", "-type", "note", "-name", "r", "-o", in("r.key")},
+		{"create", "-o", in("fw.zip"), "-platform", "p", "-version", "1", "-part", "app=" + in("app.bin"), "-sign", in("k.pem")},
+		{"trust", "init", "-o", in("trust"), "-root", in("r.pub"), "-release", in("n.pub"), "-note", in("r.key")},
+	} {
+		code, _, msg := tool(t, false, args...)
+		require.Zero(t, code, msg)
+	}
+	run := func(room int, args ...string) (code int, msg string) {
+		var text bytes.Buffer
+		e := &env{stdin: strings.NewReader(""), stdout: &fullDisk{room}, stderr: &text, getenv: func(string) string { return "" }}
+		code = e.run(t.Context(), args)
+		return code, text.String()
+	}
+	for _, args := range [][]string{
+		{"inspect", in("fw.zip")}, {"inspect", "-json", in("fw.zip")}, {"verify", "-key", in("k.pub.pem"), in("fw.zip")},
+		{"extract", "-stdout", in("fw.zip")}, {"sign", "-text", in("fw.zip")},
+		{"create", "-o", "-", "-platform", "p", "-version", "1", "-part", "app=" + in("app.bin"), "-sign", in("k.pem")},
+		{"trust", "show", in("trust")}, {"trust", "verify", in("trust")}, {"trust", "sign", "-text", in("trust")},
+		{"version"}, {"help"}, {"help", "sign"}, {"sign", "-h"}, {"-h"}, {"man"}, {"completion", "bash"},
+	} {
+		code, msg := run(1<<20, args...)
+		require.Zero(t, code, "%v %s", args, msg)
+		for _, room := range []int{0, 5} {
+			code, msg := run(room, args...)
+			require.Equal(t, exitFailed, code, "%v", args)
+			require.Equal(t, 1, strings.Count(msg, syscall.ENOSPC.Error()), "%v %s", args, msg)
+		}
+	}
+	// Another failure keeps its exit code.
+	code, msg := run(0, "verify", "-key", in("k.pub.pem"), "-platform", "q", in("fw.zip"))
+	require.Equal(t, exitWrongPlatform, code)
+	require.Contains(t, msg, syscall.ENOSPC.Error())
+}
+
+// A download is whole, or an error.
+func TestDownloadTooLarge(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/chunked" {
+			w.(http.Flusher).Flush()
+		}
+		_, _ = io.WriteString(w, "12345678") // the client may have gone
+	}))
+	defer srv.Close()
+	t.Setenv("TMPDIR", t.TempDir())
+	t.Setenv("TMP", os.Getenv("TMPDIR"))
+	e := &env{stderr: io.Discard}
+	for _, path := range []string{"/", "/chunked"} {
+		name, remove, err := download(t.Context(), e, srv.URL+path, 8)
+		require.NoError(t, err)
+		b, err := os.ReadFile(name)
+		require.NoError(t, err)
+		require.Equal(t, "12345678", string(b))
+		remove()
+		_, _, err = download(t.Context(), e, srv.URL+path, 7)
+		require.ErrorIs(t, err, ota.ErrTooLarge)
+		require.ErrorContains(t, err, "at most 7 bytes")
+		left, err := os.ReadDir(os.TempDir())
+		require.NoError(t, err)
+		require.Empty(t, left, "a temporary file is left")
 	}
 }

@@ -161,11 +161,14 @@ func (n *noteFlags) define(fs *flag.FlagSet) {
 	fs.Var(&n.keys, "note", "Ed25519 private key, as of ota keygen -type note: `FILE`")
 	fs.Var(&n.attach, "attach", "`file` with signatures made elsewhere: a signed note, or lines of one; with -by, the 64 bytes that a module made")
 	fs.StringVar(&n.by, "by", "", "public key that the signature to be attached must be by: `FILE`")
-	fs.Var(&n.remove, "remove", "remove the signatures of this key first: `name` or id")
+	fs.Var(&n.remove, "remove", "remove the signatures of this key first: `name` or id; of a bundle also sig0 to sig7")
 	fs.BoolVar(&n.text, "text", false, "print the text to be signed elsewhere, and change nothing")
 }
 
 func (n *noteFlags) any() bool { return len(n.keys)+len(n.attach)+len(n.remove) > 0 }
+
+// files are the files that are read.
+func (n *noteFlags) files() []string { return slices.Concat(n.keys, n.attach, list{n.by}) }
 
 // lines reads the signatures to be attached to a note of that text.
 func (n *noteFlags) lines(text string) (sigs []trust.Signature, err error) {
@@ -459,6 +462,9 @@ func trustSign(fs *flag.FlagSet) func(context.Context, *env, []string) error {
 	out := fs.String("o", "", "write this `file` in place of changing the record")
 	return func(_ context.Context, e *env, args []string) error {
 		if err := want(args, 1, 1); err != nil {
+			return err
+		}
+		if err := otherThan(*out, f.files()...); err != nil {
 			return err
 		}
 		n, rec, err := readRecord(args[0])

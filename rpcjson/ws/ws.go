@@ -28,6 +28,7 @@
 package ws
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -55,19 +56,26 @@ const (
 
 // Time limits of one message.
 const (
-	readTimeout  = 20 * time.Second // from its first byte to its last
+	readTimeout  = 20 * time.Second // for its first bytes, and for the rest once that may come
 	writeTimeout = 30 * time.Second
 	closeTimeout = time.Second // for the peer's answer to a closing handshake
 )
 
-// maxReading bounds the messages that are being received at a time, by all
-// connections of a Handler.
-const maxReading = 32
+// maxReading bounds the messages of shortMessage bytes and more that are being
+// received at a time, by all connections of a Handler. Shorter ones, as nearly all
+// calls but OTA.Write are, do not wait for a place.
+const (
+	maxReading   = 32
+	shortMessage = 2 << 10
+)
 
 // Options configure how connections are served. The zero value is safe.
 type Options struct {
 	// MaxConns bounds the connections that a Handler has at a time; more are
-	// answered 503. 0 means DefaultMaxConns.
+	// answered 503. 0 means DefaultMaxConns. Of messages of 2 KiB and more, as
+	// chunks of firmware are, 32 are received at a time, each for 20 seconds at
+	// most; others wait in turn, so that peers which are slow on purpose can delay
+	// one for 20 seconds by every 32 of them.
 	MaxConns int
 	// MaxPending bounds the calls of one connection that are being served at a
 	// time; more are answered with code 429. 0 means DefaultMaxPending.
@@ -247,7 +255,8 @@ type session struct {
 	inbound bool // belongs to one peer: ends with a broken frame, or when idle
 	reading chan struct{}
 	bufs    *link.Buffers
-	size    int          // of the last message
+	start   []byte       // room for the first bytes of a message
+	size    int          // of the last long message
 	busy    atomic.Int32 // messages on their way, in both directions
 
 	mu      sync.Mutex
@@ -391,42 +400,81 @@ func (s *session) read(ctx context.Context) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	s.busy.Add(1)
+	defer s.busy.Add(-1)
+	if s.start == nil {
+		s.start = make([]byte, 0, shortMessage)
+	}
+	var start []byte
+	var whole bool
+	err = s.within(func() error {
+		start, whole, err = fill(r, s.start)
+		return err
+	})
+	switch {
+	case err != nil:
+		return nil, err
+	case whole:
+		return bytes.Clone(start), nil
+	}
 	select {
 	case s.reading <- struct{}{}:
 		defer func() { <-s.reading }()
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	s.busy.Add(1)
-	defer s.busy.Add(-1)
+	b := append(s.bufs.Get(max(s.size, 2*shortMessage)+512), start...)
+	err = s.within(func() error {
+		b, err = readAll(r, b)
+		return err
+	})
+	s.size = len(b)
+	return b, err
+}
+
+// within runs f, which reads from the connection, and closes that if it takes too
+// long.
+func (s *session) within(f func() error) error {
 	slow := make(chan struct{})
 	t := time.AfterFunc(readTimeout, func() {
 		defer close(slow)
 		_ = s.c.CloseNow()
 	})
-	b, err := readAll(r, s.bufs.Get(s.size+512))
+	err := f()
 	if !t.Stop() {
 		<-slow
-		return nil, errSlow
+		return errSlow
 	}
-	s.size = len(b)
-	return b, err
+	return err
 }
 
-// readAll is io.ReadAll into b, which is empty and probably has room for all.
+// readAll is io.ReadAll, appending to b, which probably has room for all.
 func readAll(r io.Reader, b []byte) ([]byte, error) {
 	for {
-		n, err := r.Read(b[len(b):cap(b)])
-		b = b[:len(b)+n]
+		got, whole, err := fill(r, b)
 		switch {
-		case err == io.EOF:
-			return b, nil
 		case err != nil:
 			return nil, err
-		case len(b) == cap(b):
-			b = slices.Grow(b, len(b))
+		case whole:
+			return got, nil
+		}
+		b = slices.Grow(got, len(got))
+	}
+}
+
+// fill reads into the room that b has. whole says that the message ends there.
+func fill(r io.Reader, b []byte) (got []byte, whole bool, err error) {
+	for len(b) < cap(b) {
+		n, err := r.Read(b[len(b):cap(b)])
+		b = b[:len(b)+n]
+		if err == io.EOF {
+			return b, true, nil
+		}
+		if err != nil {
+			return b, false, err
 		}
 	}
+	return b, false, nil
 }
 
 func (s *session) write(ctx context.Context, reply []byte) error {

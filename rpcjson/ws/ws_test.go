@@ -508,6 +508,45 @@ func TestSlowPeers(t *testing.T) {
 	})
 }
 
+// Peers that are slow with long messages do not keep others from being served, nor
+// does who waits behind them get lost.
+func TestSlowPeersAndOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := handler(t, canned(t, nil), nil)
+		n := serve(t, h)
+		connect := func() *raw {
+			conn, err := n.dial(t.Context(), "", "")
+			require.NoError(t, err)
+			return upgraded(t, conn, upgrade)
+		}
+		long := message(1, true, strings.Repeat(" ", 9000)+getState)
+		other, waiting := connect(), connect()
+		const slow = 4 * maxReading
+		var slowly sync.WaitGroup
+		for range slow {
+			w := connect()
+			slowly.Go(func() { _, _ = io.WriteString(w, long[:8000]) }) // given up some time
+		}
+		synctest.Wait()
+		require.Len(t, h.reading, maxReading)
+		begun := time.Now()
+		other.send(message(1, true, getState))
+		require.Equal(t, gotState, other.text())
+		require.Zero(t, time.Since(begun), "a short message waits for nobody")
+
+		var wg sync.WaitGroup
+		wg.Go(func() { _, _ = io.WriteString(waiting, long) }) // the reply tells
+		require.Equal(t, gotState, waiting.text())
+		wg.Wait()
+		slowly.Wait()
+		require.Equal(t, slow/maxReading*readTimeout, time.Since(begun))
+		require.NoError(t, other.Close())
+		require.NoError(t, waiting.Close())
+		synctest.Wait()
+		require.Empty(t, h.reading)
+	})
+}
+
 func TestIdleAndPing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := handler(t, canned(t, nil), &Options{IdleTimeout: 90 * time.Second})
