@@ -146,7 +146,8 @@ func TestSnapshotRefusals(t *testing.T) {
 }
 
 // Whatever somebody decides while a check fails is decided, at the last moment too: when
-// Watch knows that it failed, and feeds the watchdog before it reverts.
+// Watch knows that it failed, and feeds the watchdog before it reverts. It makes no
+// difference that the context ends right after that.
 func TestDecidedWhileACheckFails(t *testing.T) {
 	bad := errors.New("bad")
 	for name, tc := range map[string]struct {
@@ -171,11 +172,19 @@ func TestDecidedWhileACheckFails(t *testing.T) {
 			<-reading
 		}, nil},
 	} {
-		for _, late := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s, late %t", name, late), func(t *testing.T) {
+		for _, when := range []struct{ late, end bool }{{}, {late: true}, {end: true}, {true, true}} {
+			t.Run(fmt.Sprintf("%s, %+v", name, when), func(t *testing.T) {
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
 				resets := 0
 				var dev *ota.Device
 				var decide func() // nil unless it is time
+				now := func() {
+					tc.decide(t, dev)
+					if when.end {
+						cancel()
+					}
+				}
 				w := &fedBy{dog: dog{timeout: time.Hour}, fed: func() {
 					if f := decide; f != nil {
 						decide = nil
@@ -186,10 +195,10 @@ func TestDecidedWhileACheckFails(t *testing.T) {
 					Reset:    func(context.Context) error { resets++; return nil },
 					Watchdog: func(context.Context) (ota.Watchdog, error) { return w, nil },
 					Checks: []ota.Check{{Name: "c", Run: func(context.Context) error {
-						if late {
-							decide = func() { tc.decide(t, dev) }
+						if when.late {
+							decide = now
 						} else {
-							tc.decide(t, dev)
+							now()
 						}
 						return bad
 					}}},
@@ -198,7 +207,7 @@ func TestDecidedWhileACheckFails(t *testing.T) {
 				r.update(2, 0)
 				r.boot()
 				dev = r.dev
-				err := dev.Watch(t.Context())
+				err := dev.Watch(ctx)
 				require.ErrorIs(t, err, tc.want)
 				require.NotErrorIs(t, err, bad)
 				require.Nil(t, decide, "the watchdog was not fed before the revert")
