@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"slices"
@@ -144,7 +145,9 @@ func TestSnapshotRefusals(t *testing.T) {
 	require.Empty(t, r.stored().Slot(1).Parts)
 }
 
-// Whatever somebody decides while a check fails is decided.
+// Whatever somebody decides while a check fails is decided, at the last moment too: when
+// Watch knows that it failed, and feeds the watchdog before it reverts. It makes no
+// difference that the context ends right after that.
 func TestDecidedWhileACheckFails(t *testing.T) {
 	bad := errors.New("bad")
 	for name, tc := range map[string]struct {
@@ -169,27 +172,62 @@ func TestDecidedWhileACheckFails(t *testing.T) {
 			<-reading
 		}, nil},
 	} {
-		t.Run(name, func(t *testing.T) {
-			resets := 0
-			var dev *ota.Device
-			o := ota.Options{
-				Reset: func(context.Context) error { resets++; return nil },
-				Checks: []ota.Check{{Name: "c", Run: func(context.Context) error {
+		for _, when := range []struct{ late, end bool }{{}, {late: true}, {end: true}, {true, true}} {
+			t.Run(fmt.Sprintf("%s, %+v", name, when), func(t *testing.T) {
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				resets := 0
+				var dev *ota.Device
+				var decide func() // nil unless it is time
+				now := func() {
 					tc.decide(t, dev)
-					return bad
-				}}},
-			}
-			r := newRig(t, fileGeometry(), o)
-			r.update(2, 0)
-			r.boot()
-			dev = r.dev
-			err := dev.Watch(t.Context())
-			require.ErrorIs(t, err, tc.want)
-			require.NotErrorIs(t, err, bad)
-			require.Zero(t, resets, "who decided reboots")
-			require.Equal(t, tc.want == nil, r.stored().Last.Outcome == ota.OutcomeCommitted)
-		})
+					if when.end {
+						cancel()
+					}
+				}
+				w := &fedBy{dog: dog{timeout: time.Hour}, fed: func() {
+					if f := decide; f != nil {
+						decide = nil
+						f()
+					}
+				}}
+				o := ota.Options{
+					Reset:    func(context.Context) error { resets++; return nil },
+					Watchdog: func(context.Context) (ota.Watchdog, error) { return w, nil },
+					Checks: []ota.Check{{Name: "c", Run: func(context.Context) error {
+						if when.late {
+							decide = now
+						} else {
+							now()
+						}
+						return bad
+					}}},
+				}
+				r := newRig(t, fileGeometry(), o)
+				r.update(2, 0)
+				r.boot()
+				dev = r.dev
+				err := dev.Watch(ctx)
+				require.ErrorIs(t, err, tc.want)
+				require.NotErrorIs(t, err, bad)
+				require.Nil(t, decide, "the watchdog was not fed before the revert")
+				require.Zero(t, resets, "who decided reboots")
+				require.Equal(t, tc.want == nil, r.stored().Last.Outcome == ota.OutcomeCommitted)
+				require.Equal(t, tc.want == nil, w.disarmed == 1)
+			})
+		}
 	}
+}
+
+// fedBy is a watchdog that says when it is fed.
+type fedBy struct {
+	dog
+	fed func()
+}
+
+func (w *fedBy) Keepalive(ctx context.Context) error {
+	w.fed()
+	return w.dog.Keepalive(ctx)
 }
 
 // After a loss there is nowhere to go back to if a check fails.
