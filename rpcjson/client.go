@@ -39,7 +39,9 @@ var ErrNoReply = errors.New("no reply")
 var ErrBadReply = errors.New("unintelligible reply")
 
 // Channel carries frames to a device and their replies back. Its methods may be
-// called concurrently.
+// called concurrently. Two more are optional, for [Client.Push]: ChunkSize() int says
+// how many bytes are best put into one OTA.Write, and Window() int how many of these
+// calls may be under way at a time if the device is one of this package.
 type Channel interface {
 	// RoundTrip sends a request frame, which ends in a newline, and returns the
 	// reply to it, of at most max bytes. An error of type *Error comes from the
@@ -445,6 +447,7 @@ func newHTTPChannel(u *url.URL, o *ClientOptions) (*httpChannel, error) {
 	t := &http.Transport{
 		DialContext:         dialer.DialContext,
 		WriteBufferSize:     writeBuffer,
+		MaxIdleConnsPerHost: maxWindow, // each call under way has its own
 		TLSHandshakeTimeout: 15 * time.Second,
 		IdleConnTimeout:     5 * time.Second, // devices have few connections
 		DisableCompression:  true,
@@ -487,6 +490,9 @@ func (h *httpChannel) Close() error {
 	h.client.CloseIdleConnections()
 	return nil
 }
+
+// Window returns how many calls a push may have under way, see [Channel].
+func (h *httpChannel) Window() int { return maxWindow }
 
 func (h *httpChannel) RoundTrip(ctx context.Context, frame []byte, max int) ([]byte, error) {
 	res, err := h.post(ctx, frame)

@@ -88,8 +88,8 @@ type PushOptions struct {
 	// RetryFor is how long an unreachable device is waited for; 0 means one
 	// minute.
 	RetryFor time.Duration
-	// Progress, if not nil, is told how many bytes the device has taken, between
-	// two calls to the device.
+	// Progress, if not nil, is told how many bytes the device has taken, by the
+	// goroutine that called Push.
 	Progress func(done, total int64)
 }
 
@@ -112,6 +112,9 @@ const (
 // so that the device can be updated again at once; an unreachable device gives up
 // by itself after the timeout.
 //
+// Over HTTP and WebSocket, a device that is served by this package gets up to three
+// chunks at a time, each in a call of its own, so that r is read concurrently.
+//
 // An error that comes before the last OTA.Write is sent means that the firmware is
 // not installed, as a device needs the whole bundle (Mongoose OS before 2020: all
 // but the central directory of the zip file). A later one leaves that open: although
@@ -128,7 +131,7 @@ func (c *Client) Push(ctx context.Context, r io.ReaderAt, size int64, o *PushOpt
 	if size <= 0 {
 		return fmt.Errorf("rpcjson: push of %d bytes: %w", size, ota.ErrInvalid)
 	}
-	p := &pusher{c: c, r: r, size: size}
+	p := &pusher{c: c, r: r, size: size, ahead: 1, base64: newBase64Encoder()}
 	if o != nil {
 		p.o = *o
 	}
@@ -164,7 +167,9 @@ type pusher struct {
 	top    int64 // most that was ever taken
 	open   bool  // there is a session of ours
 
-	data, frame []byte // memory for one chunk, and its request
+	ahead  int // how many calls of OTA.Write may be under way
+	base64 *base64Encoder
+	memory [maxWindow]struct{ data, frame []byte } // for a chunk, and the request with it
 }
 
 func (p *pusher) run(ctx context.Context) error {
@@ -221,15 +226,24 @@ func (p *pusher) begin(ctx context.Context) error {
 			Timeout       *int64 `json:"timeout,omitempty"`
 			CommitTimeout *int64 `json:"commit_timeout,omitempty"`
 			Size          int64  `json:"size"`
-		}{seconds(p.o.Timeout), seconds(p.o.CommitTimeout), p.size}
+			Window        int    `json:"window,omitempty"`
+		}{seconds(p.o.Timeout), seconds(p.o.CommitTimeout), p.size, 0}
+		if ch, ok := p.c.ch.(interface{ Window() int }); ok {
+			m.Window = min(ch.Window(), maxWindow)
+		}
 		params = m
 	}
-	p.off, p.top = 0, 0
+	p.off, p.top, p.ahead = 0, 0, 1
 	w := newWaiter(p.o.RetryFor)
 	for {
-		err := p.c.Call(ctx, "OTA.Begin", params, nil)
+		var raw json.RawMessage
+		err := p.c.Call(ctx, "OTA.Begin", params, &raw)
 		if err == nil {
 			p.open = true
+			var res struct{ Window int }
+			if json.Unmarshal(raw, &res) == nil { // the original answers null
+				p.ahead = max(1, min(res.Window, maxWindow))
+			}
 			return nil
 		}
 		if !again(err) {
@@ -255,24 +269,28 @@ func (p *pusher) send(ctx context.Context) error {
 	w := newWaiter(p.o.RetryFor)
 	progressed := time.Now()
 	resyncs, tries := 0, 0
+	smooth := true // after a failure there is one call at a time, until it succeeds
 	for p.off < p.size {
 		if p.off > p.top {
 			p.top, progressed, resyncs = p.off, time.Now(), 0
 		}
 		p.progress()
-		n := int(min(int64(p.chunk), p.size-p.off))
-		req, err := p.request(n)
-		if err != nil {
-			return fmt.Errorf("rpcjson: push: read at byte %d: %w", p.off, err)
+		n := p.next(p.off)
+		var err error
+		if smooth && p.ahead > 1 {
+			n, err = p.stream(ctx)
+		} else {
+			err = p.write(ctx, p.off, n, 0)
 		}
-		writeCtx, cancel := context.WithTimeout(ctx, p.c.o.Timeout)
-		err = p.c.do(writeCtx, req, nil)
-		cancel()
+		smooth = err == nil
 		if err == nil {
 			p.off += int64(n)
 		} else {
 			next, ok := expected(err)
+			var re *readError
 			switch {
+			case errors.As(err, &re):
+				return err
 			case ok && next >= 0 && next <= p.size:
 				p.off = next
 				// Bounded unless there is progress.
@@ -337,25 +355,84 @@ func (p *pusher) progress() {
 	}
 }
 
-// request makes the request for the next n bytes. It is valid until the next call.
-func (p *pusher) request(n int) (*request, error) {
-	if cap(p.data) < n {
-		p.data = make([]byte, n)
-		p.frame = make([]byte, 0, base64.StdEncoding.EncodedLen(n)+1<<10) // with room for auth
+// stream sends the data from p.off on with up to p.ahead calls under way, until one
+// fails. It returns the error of the call for the n bytes at p.off, nil when all is
+// sent.
+func (p *pusher) stream(ctx context.Context) (n int, err error) {
+	type sending struct {
+		n     int
+		reply chan error
 	}
-	data := p.data[:n]
-	if k, err := p.r.ReadAt(data, p.off); k < n {
+	var calls []sending // under way, in order
+	ctx, cancel := context.WithCancel(ctx)
+	defer func() {
+		cancel()
+		for _, c := range calls {
+			<-c.reply
+		}
+	}()
+	place := 0
+	for end := p.off; p.off < p.size; {
+		for len(calls) < p.ahead && end < p.size {
+			c := sending{p.next(end), make(chan error, 1)}
+			go func(off int64, place int) { c.reply <- p.write(ctx, off, c.n, place) }(end, place)
+			calls = append(calls, c)
+			end += int64(c.n)
+			place = (place + 1) % p.ahead
+		}
+		c := calls[0]
+		calls = calls[1:]
+		if err := <-c.reply; err != nil {
+			return c.n, err
+		}
+		p.off += int64(c.n)
+		p.progress()
+	}
+	return 0, nil
+}
+
+// next returns the length of a chunk at off.
+func (p *pusher) next(off int64) int { return int(min(int64(p.chunk), p.size-off)) }
+
+// write sends the n bytes at off, and uses p.memory[place] for that.
+func (p *pusher) write(ctx context.Context, off int64, n, place int) error {
+	m := &p.memory[place]
+	if cap(m.data) < n {
+		m.data = make([]byte, n)
+		m.frame = make([]byte, 0, base64.StdEncoding.EncodedLen(n)+1<<10) // with room for auth
+	}
+	data := m.data[:n]
+	if k, err := p.r.ReadAt(data, off); k < n {
 		if err == nil || err == io.EOF {
 			err = io.ErrUnexpectedEOF
 		}
-		return nil, err
+		return &readError{off, err}
 	}
-	return p.c.request(p.frame, "OTA.Write", func(b []byte) ([]byte, error) {
-		b = strconv.AppendInt(append(b, `{"offset":`...), p.off, 10)
-		b = base64.StdEncoding.AppendEncode(append(b, `,"data":"`...), data)
+	req, err := p.c.request(m.frame, "OTA.Write", func(b []byte) ([]byte, error) {
+		b = strconv.AppendInt(append(b, `{"offset":`...), off, 10)
+		b = p.base64.append(append(b, `,"data":"`...), data)
 		return append(b, `"}`...), nil
 	})
+	if err != nil {
+		return err
+	}
+	// The device takes one after the other.
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(p.ahead)*p.c.o.Timeout)
+	defer cancel()
+	return p.c.do(ctx, req, nil)
 }
+
+// readError says that the data of a push could not be read.
+type readError struct {
+	off int64
+	err error
+}
+
+func (e *readError) Error() string {
+	return fmt.Sprintf("rpcjson: push: read at byte %d: %v", e.off, e.err)
+}
+
+func (e *readError) Unwrap() error { return e.err }
 
 // probe asks the device which offset it expects, by a write that it must refuse.
 func (p *pusher) probe(ctx context.Context) (int64, error) {

@@ -236,6 +236,17 @@ func (l *line) calls(method string) (n int) {
 	return n
 }
 
+// wideLine is a line over which a push has several calls under way.
+type wideLine struct{ *line }
+
+func (wideLine) Window() int { return 9 }
+
+// newWideLine returns a client of b, over a wideLine.
+func newWideLine(b *board) (*rpcjson.Client, *line) {
+	l := &line{srv: b.srv}
+	return rpcjson.NewClient(wideLine{l}, nil), l
+}
+
 // newLine returns a client of b, over a line.
 func newLine(b *board) (*rpcjson.Client, *line) {
 	l := &line{srv: b.srv}
@@ -261,11 +272,14 @@ func (b *board) installed() {
 // Whichever call goes wrong, in whichever way, the push succeeds.
 func TestPushFaults(t *testing.T) {
 	zip := smallZip(t)
-	for _, what := range []fault{loseCall, loseReply, overload} {
+	for i, what := range []fault{loseCall, loseReply, overload, loseCall, loseReply, overload} {
 		for n, done := 0, false; !done; n++ {
 			synctest.Test(t, func(t *testing.T) {
 				b := newBoard(t)
 				c, l := newLine(b)
+				if i >= 3 {
+					c, l = newWideLine(b)
+				}
 				hit := false
 				l.fault = func(i int, method string, _ []byte) fault {
 					// The first questions are not repeated: nothing is under way.
@@ -287,35 +301,75 @@ func TestPushFaults(t *testing.T) {
 	}
 }
 
+// Whichever two calls go wrong while several are under way, the push succeeds.
+func TestPushWindowFaults(t *testing.T) {
+	zip := smallZip(t)
+	kinds := []fault{loseCall, loseReply, overload, tooLarge}
+	for n := range 10 {
+		for m := range n {
+			for k := range len(kinds) * len(kinds) {
+				synctest.Test(t, func(t *testing.T) {
+					b := newBoard(t)
+					c, l := newWideLine(b)
+					l.fault = func(i int, method string, _ []byte) fault {
+						what := none
+						switch i {
+						case m + 2:
+							what = kinds[k/len(kinds)]
+						case n + 2:
+							what = kinds[k%len(kinds)]
+						}
+						if what == tooLarge && method != "OTA.Write" {
+							what = none
+						}
+						return what
+					}
+					var last int64
+					require.NoError(t, c.Push(t.Context(), bytes.NewReader(zip), int64(len(zip)), &rpcjson.PushOptions{
+						ChunkSize: 512, Progress: func(done, _ int64) { last = done },
+					}))
+					require.EqualValues(t, len(zip), last)
+					b.installed()
+				})
+			}
+		}
+	}
+}
+
 // Half of everything gets lost.
 func TestPushBadLine(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBoard(t)
-		c, l := newLine(b)
-		l.fault = func(i int, method string, _ []byte) fault {
-			if i < 2 {
-				return none
+	for _, dial := range []func(*board) (*rpcjson.Client, *line){newLine, newWideLine} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBoard(t)
+			c, l := dial(b)
+			l.fault = func(i int, method string, _ []byte) fault {
+				if i < 2 {
+					return none
+				}
+				return []fault{loseReply, none, loseCall, none, none, loseReply, loseReply, none}[i%8]
 			}
-			return []fault{loseReply, none, loseCall, none, none, loseReply, loseReply, none}[i%8]
-		}
-		zip := smallZip(t)
-		var last int64
-		o := &rpcjson.PushOptions{ChunkSize: 64, Progress: func(done, total int64) {
-			require.Equal(t, int64(len(zip)), total)
-			last = done
-		}}
-		require.NoError(t, c.Push(t.Context(), bytes.NewReader(zip), int64(len(zip)), o))
-		require.Equal(t, int64(len(zip)), last)
-		b.installed()
-	})
+			zip := smallZip(t)
+			var last int64
+			o := &rpcjson.PushOptions{ChunkSize: 64, Progress: func(done, total int64) {
+				require.Equal(t, int64(len(zip)), total)
+				last = done
+			}}
+			require.NoError(t, c.Push(t.Context(), bytes.NewReader(zip), int64(len(zip)), o))
+			require.Equal(t, int64(len(zip)), last)
+			b.installed()
+		})
+	}
 }
 
 // Chunks become smaller when the device says so, and when large ones get lost.
 func TestPushSmallDevice(t *testing.T) {
-	for _, what := range []fault{tooLarge, loseCall} {
+	for i, what := range []fault{tooLarge, loseCall, tooLarge, loseCall} {
 		synctest.Test(t, func(t *testing.T) {
 			b := newBoard(t)
 			c, l := newLine(b)
+			if i >= 2 {
+				c, l = newWideLine(b)
+			}
 			l.fault = func(_ int, _ string, frame []byte) fault {
 				if len(frame) > 1000 {
 					return what
@@ -398,7 +452,7 @@ func TestPushGivesUp(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				b := newBoard(t)
-				cl, _ := newLine(b)
+				cl, _ := newWideLine(b)
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				require.ErrorIs(t, c.run(ctx, cl, cancel), c.err)

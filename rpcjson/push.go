@@ -21,14 +21,16 @@ type push struct {
 	seed  maphash.Seed
 	spare *link.Buffers   // for data
 	ctx   context.Context // of the update; set before it reads
-	queue chan *chunk     // to the reader; never holds more than one
+	queue chan *chunk     // to the reader
 	eof   chan struct{}   // closed by OTA.End
 
 	cur *chunk // being read; the reader's alone
 
 	mu    sync.Mutex
-	next  int64  // offset expected
-	last  *chunk // newest accepted; nil at first
+	next  int64         // offset expected
+	last  *chunk        // newest accepted; nil at first
+	moved chan struct{} // closed when next changes
+	early int           // calls that wait for that
 	ended bool
 }
 
@@ -36,7 +38,15 @@ type push struct {
 type begin struct {
 	stall  time.Duration
 	commit time.Duration
+	window int // how many calls of OTA.Write may be under way
 }
+
+// maxWindow is the largest window of a push: the update takes one chunk, one is being
+// received and one made. More were slower, as they exceed the processor's caches.
+const maxWindow = 3
+
+// earlyFor bounds how long data waits for what is before it.
+const earlyFor = 5 * time.Second
 
 // chunk is the data of one OTA.Write.
 type chunk struct {
@@ -117,23 +127,29 @@ func (s *Server) session() *push {
 func (s *Server) otaBegin(_ context.Context, r *Request) (any, error) {
 	stall, o := s.times(r.Args)
 	size, _ := r.Args.Int("size", 0, math.MaxInt64/100)
+	window, _ := r.Args.Int("window", 0, math.MaxInt64) // not among the arguments of the original
 	if err := r.Args.Err(); err != nil {
 		return nil, err
 	}
-	b := begin{stall, o.CommitTimeout}
+	b := begin{stall, o.CommitTimeout, int(max(1, min(window, maxWindow)))}
+	var res any
+	if window > 0 {
+		res = object("window", int64(b.window))
+	}
 	if p := s.session(); p != nil && p.begin == b && p.size.Load() == size && !p.over() && p.fresh() {
 		leave, err := s.enter(p, r)
 		if err == nil {
 			leave()
 		}
-		return nil, err // nil: the reply to the first one was lost
+		return res, err // nil: the reply to the first one was lost
 	}
 	p := &push{
 		owner: newOwner(r),
 		begin: b,
 		seed:  maphash.MakeSeed(),
 		spare: &s.chunks,
-		queue: make(chan *chunk, 1),
+		queue: make(chan *chunk, b.window),
+		moved: make(chan struct{}),
 		eof:   make(chan struct{}),
 	}
 	p.push = p
@@ -142,7 +158,7 @@ func (s *Server) otaBegin(_ context.Context, r *Request) (any, error) {
 		p.ctx = ctx
 		return p, nil
 	})
-	return nil, failed(-1, "Update failed to start", err)
+	return res, failed(-1, "Update failed to start", err)
 }
 
 // fresh reports whether no data has come yet.
@@ -185,6 +201,10 @@ func (s *Server) otaWrite(ctx context.Context, r *Request) (any, error) {
 	if err := r.Args.Err(); err != nil {
 		return nil, err
 	}
+	if err := p.await(ctx, off, maxWindow*int64(s.o.MaxFrame)); err != nil {
+		p.spare.Put(data)
+		return nil, err
+	}
 	c, mine, err := p.accept(off, data)
 	if !mine {
 		p.spare.Put(data)
@@ -208,6 +228,46 @@ func (s *Server) otaWrite(ctx context.Context, r *Request) (any, error) {
 		return nil, nil
 	}
 	return nil, p.failure(p.code)
+}
+
+// await waits until the data before off has come: in a session with a window it may
+// be in a call that this one has overtaken. It is max bytes at most.
+func (p *push) await(ctx context.Context, off, max int64) error {
+	p.mu.Lock()
+	early := off > p.next && off-p.next <= max && p.early < p.begin.window-1
+	if early {
+		p.early++
+	}
+	p.mu.Unlock()
+	if !early {
+		return nil
+	}
+	defer func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.early--
+	}()
+	t := time.NewTimer(earlyFor)
+	defer t.Stop()
+	for {
+		p.mu.Lock()
+		moved, come := p.moved, p.next >= off
+		p.mu.Unlock()
+		if come {
+			return nil
+		}
+		select {
+		case <-moved:
+		case <-p.eof:
+			return nil
+		case <-p.done:
+			return nil
+		case <-t.C:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // accept hands data to the update, which then owns it, and returns the chunk to
@@ -241,6 +301,8 @@ func (p *push) accept(off int64, data []byte) (c *chunk, taken bool, err error) 
 		return nil, false, errorf(-1, "one OTA.Write at a time")
 	}
 	p.last, p.next = c, p.next+int64(size)
+	close(p.moved)
+	p.moved = make(chan struct{})
 	return c, true, nil
 }
 

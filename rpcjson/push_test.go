@@ -95,6 +95,82 @@ func TestPush(t *testing.T) {
 	})
 }
 
+// In a session with a window calls may overtake each other.
+func TestPushWindow(t *testing.T) {
+	// begun returns a server with a session that has a window, and a function that
+	// starts a call of OTA.Write, whose reply it returns a channel for.
+	begun := func(t *testing.T, erase time.Duration) (*fakeDevice, *Server, func(off int, data string) chan string) {
+		d := newFake()
+		d.update = func(_ context.Context, r io.Reader) (res ota.UpdateResult, err error) {
+			time.Sleep(erase)
+			d.got, err = io.ReadAll(r)
+			return res, err
+		}
+		s := newTest(t, d, nil)
+		require.Equal(t, `"result":{"window": 3}`, do(t, s, "OTA.Begin", `{"window":9,"size":11}`))
+		require.Equal(t, `"result":{"window": 3}`, do(t, s, "OTA.Begin", `{"window":9,"size":11}`), "a repeated Begin is acknowledged")
+		return d, s, func(off int, data string) chan string {
+			reply := make(chan string, 1)
+			go func() { reply <- write(t, s, off, data) }()
+			synctest.Wait()
+			return reply
+		}
+	}
+	test := func(name string, f func(t *testing.T)) {
+		t.Run(name, func(t *testing.T) { synctest.Test(t, f) })
+	}
+	test("overtaken", func(t *testing.T) {
+		d, s, write := begun(t, 0)
+		third, second := write(10, "d"), write(5, " worl")
+		require.Equal(t, fail(-1, "Expected offset 0, got 11"), <-write(11, "!"), "no more than the window")
+		require.Empty(t, third)
+		require.Empty(t, second)
+		first := write(0, "hello")
+		require.Equal(t, null, <-first)
+		require.Equal(t, null, <-second)
+		require.Equal(t, null, <-third)
+		require.Equal(t, null, <-write(10, "d"), "the last one may be repeated")
+		require.Equal(t, fail(-1, "Expected offset 11, got 5"), <-write(5, " worl"))
+		require.Equal(t, statusText(3, "Update applied, rebooting", true, 100), do(t, s, "OTA.End", ""))
+		require.Equal(t, "hello world", string(d.got))
+	})
+	test("ahead of the update", func(t *testing.T) {
+		d, s, write := begun(t, time.Minute)
+		first, second, third := write(0, "hello"), write(5, " worl"), write(10, "d")
+		require.Empty(t, first, "not yet taken")
+		require.Equal(t, fail(-1, "one OTA.Write at a time"), <-write(11, "!"))
+		require.Equal(t, null, <-first)
+		require.Equal(t, null, <-second)
+		require.Equal(t, null, <-third)
+		require.Equal(t, statusText(3, "Update applied, rebooting", true, 100), do(t, s, "OTA.End", ""))
+		require.Equal(t, "hello world", string(d.got))
+	})
+	test("missing", func(t *testing.T) {
+		_, s, write := begun(t, 0)
+		began := time.Now()
+		second := write(5, " worl")
+		require.Equal(t, fail(-1, "Expected offset 0, got 5"), <-second)
+		require.Equal(t, 5*time.Second, time.Since(began))
+		require.Equal(t, fail(-1, fmt.Sprintf("Expected offset 0, got %d", maxWindow*s.MaxFrame()+1)), <-write(maxWindow*s.MaxFrame()+1, "x"))
+		require.Equal(t, 5*time.Second, time.Since(began), "nothing that far away can be on its way")
+	})
+	test("ended", func(t *testing.T) {
+		_, s, write := begun(t, 0)
+		began := time.Now()
+		second := write(5, " worl")
+		require.Contains(t, do(t, s, "OTA.End", ""), `"result"`)
+		require.Contains(t, <-second, `"error"`)
+		require.Equal(t, began, time.Now())
+	})
+	test("one by one", func(t *testing.T) {
+		s := newTest(t, newFake(), nil)
+		require.Equal(t, `"result":{"window": 1}`, do(t, s, "OTA.Begin", `{"window":1}`))
+		began := time.Now()
+		require.Equal(t, fail(-1, "Expected offset 0, got 5"), write(t, s, 5, "x"))
+		require.Equal(t, began, time.Now())
+	})
+}
+
 func TestPushFailure(t *testing.T) {
 	for name, c := range map[string]struct {
 		err  error

@@ -294,21 +294,20 @@ func (s *scanner) str() ([]byte, error) {
 func plain(b []byte) int {
 	word := func(i int) uint64 { return special(binary.LittleEndian.Uint64(b[i:])) }
 	n := 0
-	for len(b)-n >= 32 && word(n)|word(n+8)|word(n+16)|word(n+24) == 0 {
+	for len(b)-n >= 32 && (word(n)|word(n+8)|word(n+16)|word(n+24))&0x8080808080808080 == 0 {
 		n += 32
 	}
-	for len(b)-n >= 8 && word(n) == 0 {
+	for len(b)-n >= 8 && word(n)&0x8080808080808080 == 0 {
 		n += 8
 	}
 	return n
 }
 
-// special returns 0 if none of the eight bytes of x is a quote, a backslash or a
-// control character.
+// special returns a word without the highest bit of any byte if none of the eight
+// bytes of x is a quote, a backslash or a control character, nor beyond ASCII.
 func special(x uint64) uint64 {
-	const ones, high = 0x0101010101010101, 0x8080808080808080
-	quote, slash := x^'"'*ones, x^'\\'*ones
-	return ((quote-ones)&^quote | (slash-ones)&^slash | (x-' '*ones)&^x) & high
+	const ones = 0x0101010101010101
+	return x | ((x ^ '"'*ones) - ones) | ((x ^ '\\'*ones) - ones) | (x - ' '*ones)
 }
 
 // escapeLen returns the length of the escape sequence that b begins with, 0 if

@@ -36,6 +36,12 @@
 // OTA.GetBootState and OTA.SetBootState. OTA.Commit also takes the argument trial,
 // for devices that demand it (see [ota.Options]). [Server.Handle] adds methods.
 //
+// OTA.Begin also takes the argument window: how many calls of OTA.Write a client
+// wants to have under way, each with the data after that of the one before. The
+// result then has the member window, which is how many it may have, at most three.
+// Calls that overtake each other wait for up to five seconds for what is missing.
+// That hides the time a chunk takes on its way.
+//
 // An update goes on when its caller leaves, and OTA.Status tells how it ended.
 // OTA.End aborts one that is incomplete, also one by OTA.Update. The reboot comes
 // 500 ms after the reply to an update, 300 ms after that to OTA.Revert, and anyway

@@ -286,6 +286,9 @@ func (ch *Channel) current() (*clientConn, error) {
 	return ch.conn, nil
 }
 
+// Window returns how many calls a push may have under way, see [rpcjson.Channel].
+func (ch *Channel) Window() int { return 3 }
+
 // RoundTrip implements [rpcjson.Channel].
 func (ch *Channel) RoundTrip(ctx context.Context, frame []byte, max int) ([]byte, error) {
 	id, err := link.ID(frame)
