@@ -100,26 +100,34 @@ func TestOutputIsInput(t *testing.T) {
 	require.Zero(t, code, msg)
 }
 
-// Keys and other files that are read are not what is written to.
-func TestOutputIsKey(t *testing.T) {
+// keyring makes keys, a bundle signed by them and a trust record, and returns the path
+// of a file beside them.
+func keyring(t *testing.T) (in func(name string) string) {
+	t.Helper()
 	dir := t.TempDir()
-	in := func(name string) string { return filepath.Join(dir, name) }
+	in = func(name string) string { return filepath.Join(dir, name) }
 	require.NoError(t, os.WriteFile(in("app.bin"), []byte("firmware"), 0o600))
 	for _, args := range [][]string{
 		{"keygen", "-o", in("k.pem")},
 		{"keygen", "-type", "note", "-name", "n", "-o", in("n.key")},
 		{"keygen", "-type", "note", "-name", "r", "-o", in("r.key")},
-		{"create", "-o", in("fw.zip"), "-platform", "p", "-version", "1", "-part", "app=" + in("app.bin"), "-note", in("n.key")},
+		{"create", "-o", in("fw.zip"), "-platform", "p", "-version", "1", "-part", "app=" + in("app.bin"), "-sign", in("k.pem"), "-note", in("n.key")},
 		{"trust", "init", "-o", in("trust"), "-root", in("r.pub"), "-release", in("n.pub"), "-note", in("r.key")},
 	} {
 		code, _, msg := tool(t, false, args...)
 		require.Zero(t, code, msg)
 	}
+	return in
+}
+
+// Keys and other files that are read are not what is written to.
+func TestOutputIsKey(t *testing.T) {
+	in := keyring(t)
 	require.NoError(t, os.WriteFile(in("text.sig"), make([]byte, 64), 0o600))
 	require.NoError(t, os.Link(in("k.pem"), in("link.pem")))
 	read := func() map[string]string {
 		all := map[string]string{}
-		list, err := os.ReadDir(dir)
+		list, err := os.ReadDir(in(""))
 		require.NoError(t, err)
 		for _, f := range list {
 			b, err := os.ReadFile(in(f.Name()))

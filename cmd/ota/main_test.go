@@ -238,19 +238,7 @@ func (d *fullDisk) Write(p []byte) (int, error) {
 
 // Who asks for output and cannot be given it is told so.
 func TestStdoutFull(t *testing.T) {
-	dir := t.TempDir()
-	in := func(name string) string { return filepath.Join(dir, name) }
-	require.NoError(t, os.WriteFile(in("app.bin"), []byte("firmware"), 0o600))
-	for _, args := range [][]string{
-		{"keygen", "-o", in("k.pem")},
-		{"keygen", "-type", "note", "-name", "n", "-o", in("n.key")},
-		{"keygen", "-type", "note", "-name", "r", "-o", in("r.key")},
-		{"create", "-o", in("fw.zip"), "-platform", "p", "-version", "1", "-part", "app=" + in("app.bin"), "-sign", in("k.pem")},
-		{"trust", "init", "-o", in("trust"), "-root", in("r.pub"), "-release", in("n.pub"), "-note", in("r.key")},
-	} {
-		code, _, msg := tool(t, false, args...)
-		require.Zero(t, code, msg)
-	}
+	in := keyring(t)
 	run := func(room int, args ...string) (code int, msg string) {
 		var text bytes.Buffer
 		e := &env{stdin: strings.NewReader(""), stdout: &fullDisk{room}, stderr: &text, getenv: func(string) string { return "" }}
