@@ -67,7 +67,8 @@ func (s *Server) NewGATTServer(ctx context.Context, peer Peer, notify func(value
 	return g
 }
 
-// Close ends the calls under way and waits for them.
+// Close ends the calls under way and waits for them. Replies that are there can
+// still be read.
 func (g *GATTServer) Close() error {
 	g.mu.Lock()
 	g.cancel()
@@ -77,12 +78,19 @@ func (g *GATTServer) Close() error {
 }
 
 // Write takes a value that was written to GATTTxCtl or GATTData. The error wraps
-// [ErrGATT], and [ota.ErrTooLarge] or [ota.ErrBusy] where that is the reason.
+// [ErrGATT], and [ota.ErrTooLarge] or [ota.ErrBusy] where that is the reason. After
+// Close, or once the context has ended, it is the cause of that.
 func (g *GATTServer) Write(characteristic string, value []byte) error {
+	g.mu.Lock()
+	defer g.mu.Unlock() // Close waits for what was begun before it, and nothing is begun after it
+	if g.ctx.Err() != nil {
+		return context.Cause(g.ctx)
+	}
 	frame, err := g.take(characteristic, value)
 	if err != nil || frame == nil {
 		return err
 	}
+	g.calls++
 	g.wg.Go(func() {
 		var reply []byte
 		if err := g.s.Serve(g.ctx, g.peer, frame, func(b []byte) error { reply = b; return nil }); err != nil {
@@ -130,10 +138,8 @@ func (g *GATTServer) notifyAll() {
 	g.notifying = false
 }
 
-// take adds to the request and returns it once it is complete.
+// take adds to the request and returns it once it is complete. g.mu is held.
 func (g *GATTServer) take(characteristic string, value []byte) ([]byte, error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
 	switch characteristic {
 	case GATTTxCtl:
 		g.want, g.got = 0, nil
@@ -162,7 +168,6 @@ func (g *GATTServer) take(characteristic string, value []byte) ([]byte, error) {
 		}
 		frame := g.got
 		g.want, g.got = 0, nil
-		g.calls++
 		return frame, nil
 	}
 	return nil, fmt.Errorf("%w: %s cannot be written", ErrGATT, ota.Quote(characteristic))

@@ -8,10 +8,12 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/slotota/ota"
@@ -182,7 +184,29 @@ func TestGATTNotify(t *testing.T) {
 		require.NoError(t, g.Close())
 		require.Equal(t, stateReply, read(999))
 		require.Equal(t, want, notes)
+		require.ErrorIs(t, g.Write(GATTTxCtl, u32(9)), context.Canceled)
 	})
+}
+
+// Nothing is begun once Close waits, and Close waits for all that was begun.
+func TestGATTWriteAgainstClose(t *testing.T) {
+	s := newTest(t, newFake(), nil)
+	for range 200 {
+		g := s.NewGATTServer(t.Context(), Peer{}, nil)
+		require.NoError(t, g.Write(GATTTxCtl, u32(uint32(len(askState)))))
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if err := g.Write(GATTData, []byte(askState)); err != nil {
+				assert.ErrorIs(t, err, context.Canceled)
+			}
+		})
+		require.NoError(t, g.Close())
+		g.mu.Lock()
+		calls := g.calls
+		g.mu.Unlock()
+		require.Zero(t, calls)
+		wg.Wait()
+	}
 }
 
 // The central copes with stale, wrong and too long replies.
