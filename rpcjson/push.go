@@ -234,7 +234,9 @@ func (s *Server) otaWrite(ctx context.Context, r *Request) (any, error) {
 // be in a call that this one has overtaken. It is max bytes at most.
 func (p *push) await(ctx context.Context, off, max int64) error {
 	p.mu.Lock()
-	early := off > p.next && off-p.next <= max && p.early < p.begin.window-1
+	// As many as the window, though one call has what is missing: another may have
+	// got that already and not have left yet.
+	early := p.begin.window > 1 && off > p.next && off-p.next <= max && p.early < p.begin.window
 	if early {
 		p.early++
 	}

@@ -107,8 +107,8 @@ func TestPushWindow(t *testing.T) {
 			return res, err
 		}
 		s := newTest(t, d, nil)
-		require.Equal(t, `"result":{"window": 3}`, do(t, s, "OTA.Begin", `{"window":9,"size":11}`))
-		require.Equal(t, `"result":{"window": 3}`, do(t, s, "OTA.Begin", `{"window":9,"size":11}`), "a repeated Begin is acknowledged")
+		require.Equal(t, `"result":{"window": 3}`, do(t, s, "OTA.Begin", `{"window":9}`))
+		require.Equal(t, `"result":{"window": 3}`, do(t, s, "OTA.Begin", `{"window":9}`), "a repeated Begin is acknowledged")
 		return d, s, func(off int, data string) chan string {
 			reply := make(chan string, 1)
 			go func() { reply <- write(t, s, off, data) }()
@@ -121,18 +121,20 @@ func TestPushWindow(t *testing.T) {
 	}
 	test("overtaken", func(t *testing.T) {
 		d, s, write := begun(t, 0)
-		third, second := write(10, "d"), write(5, " worl")
-		require.Equal(t, fail(-1, "Expected offset 0, got 11"), <-write(11, "!"), "no more than the window")
+		fourth, third, second := write(11, "!"), write(10, "d"), write(5, " worl")
+		require.Equal(t, fail(-1, "Expected offset 0, got 12"), <-write(12, "?"), "no more than the window")
+		require.Empty(t, fourth)
 		require.Empty(t, third)
 		require.Empty(t, second)
 		first := write(0, "hello")
 		require.Equal(t, null, <-first)
 		require.Equal(t, null, <-second)
 		require.Equal(t, null, <-third)
-		require.Equal(t, null, <-write(10, "d"), "the last one may be repeated")
-		require.Equal(t, fail(-1, "Expected offset 11, got 5"), <-write(5, " worl"))
+		require.Equal(t, null, <-fourth)
+		require.Equal(t, null, <-write(11, "!"), "the last one may be repeated")
+		require.Equal(t, fail(-1, "Expected offset 12, got 5"), <-write(5, " worl"))
 		require.Equal(t, statusText(3, "Update applied, rebooting", true, 100), do(t, s, "OTA.End", ""))
-		require.Equal(t, "hello world", string(d.got))
+		require.Equal(t, "hello world!", string(d.got))
 	})
 	test("ahead of the update", func(t *testing.T) {
 		d, s, write := begun(t, time.Minute)
