@@ -331,6 +331,12 @@ func (p *pusher) send(ctx context.Context) error {
 			case otherData(err):
 				// A longer chunk had arrived after all.
 				next, perr := p.probe(ctx)
+				if again(perr) {
+					if err := w.wait(ctx, perr); err != nil {
+						return err
+					}
+					continue
+				}
 				if perr != nil {
 					return perr
 				}

@@ -336,6 +336,48 @@ func TestPushWindowFaults(t *testing.T) {
 	}
 }
 
+// A chunk is halved that has arrived after all, and the question where to go on goes
+// wrong as well.
+func TestPushHalvedFaults(t *testing.T) {
+	zip := smallZip(t)
+	for _, what := range []fault{none, loseCall, loseReply, overload} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBoard(t)
+			c, l := newLine(b)
+			faults := []fault{3: loseReply, tooLarge, none, what, none, what}
+			l.fault = func(i int, method string, _ []byte) fault {
+				if i < len(faults) {
+					return faults[i]
+				}
+				return none
+			}
+			require.NoError(t, c.Push(t.Context(), bytes.NewReader(zip), int64(len(zip)), &rpcjson.PushOptions{ChunkSize: 512}))
+			b.installed()
+			require.Equal(t, "OTA.Begin", l.log[2])
+			// A device that cannot be asked at all is given up in time.
+			b = newBoard(t)
+			c, l = newLine(b)
+			l.fault = func(i int, method string, frame []byte) fault {
+				switch {
+				case i < 5:
+					return faults[i]
+				case bytes.Contains(frame, []byte("2147483647")):
+					return what
+				}
+				return none
+			}
+			began := time.Now()
+			err := c.Push(t.Context(), bytes.NewReader(zip), int64(len(zip)), &rpcjson.PushOptions{ChunkSize: 512})
+			if what == none {
+				require.NoError(t, err)
+				return
+			}
+			require.Error(t, err)
+			require.InDelta(t, time.Minute, time.Since(began), float64(10*time.Second))
+		})
+	}
+}
+
 // Half of everything gets lost.
 func TestPushBadLine(t *testing.T) {
 	for _, dial := range []func(*board) (*rpcjson.Client, *line){newLine, newWideLine} {
