@@ -118,8 +118,11 @@ func commands() []command {
 		{"version", "", "print the version", "", []string{"ota version"},
 			func(*flag.FlagSet) func(context.Context, *env, []string) error {
 				return func(_ context.Context, e *env, args []string) error {
+					if err := want(args, 0, 0); err != nil {
+						return err
+					}
 					e.printf("ota %s\n", version())
-					return want(args, 0, 0)
+					return nil
 				}
 			}},
 		{"help", "[COMMAND...]", "tell how to use a command", "", []string{"ota help create"}, help},
@@ -273,6 +276,9 @@ func members(group string) (names []string) {
 // man prints a manual page for the macros of man(7).
 func man(*flag.FlagSet) func(context.Context, *env, []string) error {
 	return func(_ context.Context, e *env, args []string) error {
+		if err := want(args, 0, 0); err != nil {
+			return err
+		}
 		esc := func(s string) string {
 			s = strings.NewReplacer(`\`, `\e`, `-`, `\-`, "`", `\(ga`, `'`, `\(aq`).Replace(s)
 			if strings.HasPrefix(s, ".") {
@@ -310,7 +316,7 @@ func man(*flag.FlagSet) func(context.Context, *env, []string) error {
 		for _, v := range variables {
 			fmt.Fprintf(w, ".TP\n%s\n%s\n", v[0], esc(v[1]))
 		}
-		return want(args, 0, 0)
+		return nil
 	}
 }
 

@@ -41,6 +41,11 @@ func TestHelp(t *testing.T) {
 		require.Zero(t, code)
 		require.Empty(t, msg)
 		require.Contains(t, out, "Usage: "+c.synopsis()+"\n")
+		if c.args == "" {
+			code, out, msg := tool(t, false, append(strings.Fields(c.name), "what")...)
+			require.Equal(t, exitUsage, code, "%s %s", c.name, msg)
+			require.Empty(t, out, c.name)
+		}
 		require.NotEmpty(t, c.examples, c.name)
 		for _, x := range c.examples {
 			require.Contains(t, out, x)
