@@ -39,11 +39,16 @@ func (c *coalescer) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// hold holds back what is written until release.
-func (c *coalescer) hold() {
-	c.lock <- struct{}{}
+// hold holds back what is written until release, unless ctx ends first.
+func (c *coalescer) hold(ctx context.Context) error {
+	select {
+	case c.lock <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 	c.holds++
 	<-c.lock
+	return nil
 }
 
 // release writes what was held back, until ctx ends.

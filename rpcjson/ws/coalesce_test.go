@@ -41,8 +41,8 @@ func TestCoalescer(t *testing.T) {
 		}
 		write("at once")
 		require.Equal(t, "at once", <-got)
-		c.hold()
-		c.hold()
+		require.NoError(t, c.hold(t.Context()))
+		require.NoError(t, c.hold(t.Context()))
 		write("one ")
 		write("two")
 		synctest.Wait()
@@ -53,7 +53,7 @@ func TestCoalescer(t *testing.T) {
 		require.NoError(t, c.release(t.Context()))
 		require.Equal(t, "three", <-got)
 		// No more than that is held back.
-		c.hold()
+		require.NoError(t, c.hold(t.Context()))
 		write("x")
 		write(strings.Repeat("y", coalesced))
 		require.Equal(t, "x", <-got)
@@ -63,15 +63,27 @@ func TestCoalescer(t *testing.T) {
 		// Nobody reads on the other side of the next one.
 		stuck, other := net.Pipe()
 		c = newCoalescer(stuck)
-		c.hold()
+		require.NoError(t, c.hold(t.Context()))
 		write("lost")
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		begun := time.Now()
 		require.Error(t, c.release(ctx))
 		require.Equal(t, time.Minute, time.Since(begun))
+		// Nor does a write end that others wait for.
+		require.NoError(t, a.Close())
+		require.NoError(t, b.Close())
+		a, b = net.Pipe()
+		c = newCoalescer(a)
+		ended := make(chan error, 1)
+		go func() { _, err := c.Write([]byte("stuck")); ended <- err }()
+		synctest.Wait()
+		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		require.ErrorIs(t, c.hold(ctx), context.DeadlineExceeded)
 		for _, k := range []net.Conn{a, b, stuck, other} {
 			require.NoError(t, k.Close())
 		}
+		require.Error(t, <-ended)
 	})
 }

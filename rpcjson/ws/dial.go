@@ -305,8 +305,10 @@ func (ch *Channel) RoundTrip(ctx context.Context, frame []byte, max int) ([]byte
 		return nil, err
 	}
 	defer cc.calls.Remove(id)
+	if err := cc.raw.hold(ctx); err != nil {
+		return nil, err
+	}
 	cc.busy.Add(1)
-	cc.raw.hold()
 	err = cc.c.Write(ctx, websocket.MessageText, frame)
 	if e := cc.raw.release(ctx); err == nil {
 		err = e
