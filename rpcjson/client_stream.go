@@ -102,7 +102,8 @@ type Stream struct {
 	wg      sync.WaitGroup
 
 	mu     sync.Mutex
-	link   *streamLink // nil without connection
+	given  io.ReadWriteCloser // of NewStreamOf, until link has it
+	link   *streamLink        // nil without connection
 	closed bool
 }
 
@@ -128,14 +129,18 @@ func NewStream(dial func(context.Context) (io.ReadWriteCloser, error), o *Stream
 // NewStreamOf returns a channel over rwc, which it closes in the end. There is no
 // other stream once rwc has ended.
 func NewStreamOf(rwc io.ReadWriteCloser, o *StreamOptions) *Stream {
-	used := false
-	return NewStream(func(context.Context) (io.ReadWriteCloser, error) {
-		if used {
+	s := NewStream(nil, o)
+	s.given = rwc
+	s.dial = func(context.Context) (io.ReadWriteCloser, error) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.given == nil {
 			return nil, errors.New("the stream has ended")
 		}
-		used = true
+		s.given = nil
 		return rwc, nil
-	}, o)
+	}
+	return s
 }
 
 // DialTCP returns a client for the device at addr (host:port), by frames on a TCP
@@ -171,12 +176,15 @@ func (s *Stream) ChunkSize() int { return s.o.ChunkSize }
 // Close closes the connection and ends the calls under way.
 func (s *Stream) Close() error {
 	s.mu.Lock()
-	l := s.link
-	s.closed, s.link = true, nil
+	l, given := s.link, s.given
+	s.closed, s.link, s.given = true, nil, nil
 	s.mu.Unlock()
 	var err error
-	if l != nil {
+	switch {
+	case l != nil:
 		err = l.rwc.Close()
+	case given != nil:
+		err = given.Close()
 	}
 	s.wg.Wait()
 	return err

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"syscall"
 	"time"
@@ -40,8 +41,9 @@ type ListenOptions struct {
 }
 
 // ServeListener accepts connections and serves the frames on them (see
-// [Server.ServeStream]) until ctx ends, the server is closed or l fails, which it
-// returns the cause of. It closes l and all connections, and waits for them.
+// [Server.ServeStream]) until ctx ends or the server or l is closed, which it
+// returns the cause of. Where accepting fails else, it tries again, as that can
+// pass. It closes l and all connections, and waits for them.
 //
 // The connections are neither encrypted nor authenticated, unless l is that of
 // [tls.NewListener], for example with [MutualTLS]: then the client certificate
@@ -150,17 +152,27 @@ func connPeer(c net.Conn) (Peer, error) {
 	return Peer{Channel: "TCP", Addr: a.String()}, nil
 }
 
+// isRefused reports whether nobody listens where the dialing failed with err.
+func isRefused(err error) bool {
+	const winRefused = syscall.Errno(10061) // WSAECONNREFUSED
+	return errors.Is(err, syscall.ECONNREFUSED) || runtime.GOOS == "windows" && errors.Is(err, winRefused)
+}
+
 // ListenUnix listens on a Unix socket that only its owner (and root) can connect
 // to, and that goes away with the listener. What a dead server has left behind is
 // replaced; the error wraps [ota.ErrBusy] if a server lives there.
 func ListenUnix(ctx context.Context, path string) (net.Listener, error) {
 	if info, err := os.Lstat(path); err == nil && info.Mode()&fs.ModeSocket != 0 {
 		d := net.Dialer{Timeout: dialTimeout}
-		if c, err := d.DialContext(ctx, "unix", path); err == nil {
+		c, err := d.DialContext(ctx, "unix", path)
+		if err == nil {
 			c.Close()
 			return nil, fmt.Errorf("rpcjson: listen: %s: a server listens there: %w", ota.Quote(path), ota.ErrBusy)
 		}
-		if err := os.Remove(path); err != nil {
+		if isRefused(err) { // and not, for example, a live one that has its queue full
+			err = os.Remove(path)
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, fmt.Errorf("rpcjson: listen: %w", err)
 		}
 	}

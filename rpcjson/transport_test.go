@@ -555,6 +555,19 @@ func TestStreamClientPacing(t *testing.T) {
 	})
 }
 
+// A stream that was handed over is closed, also if it was never used.
+func TestStreamUnused(t *testing.T) {
+	mine, theirs := net.Pipe()
+	defer theirs.Close()
+	c := NewClient(NewStreamOf(mine, nil), nil)
+	require.NoError(t, c.Close())
+	_ = mine.SetDeadline(time.Unix(1, 0)) // so that it does not wait if it is open
+	_, err := mine.Write([]byte("x"))
+	require.ErrorIs(t, err, io.ErrClosedPipe)
+	require.ErrorIs(t, c.Call(t.Context(), "RPC.Ping", nil, nil), errChannelClosed)
+	require.NoError(t, c.Close(), "once more")
+}
+
 // IdleTimeout is for servers.
 func TestStreamClientIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -661,6 +674,12 @@ func TestDialTransports(t *testing.T) {
 	l.Close()
 	again, err := ListenUnix(t.Context(), path)
 	require.NoError(t, err)
+	// A live one is not, also if it cannot be asked.
+	_, err = ListenUnix(ctx, path)
+	require.ErrorIs(t, err, context.Canceled)
+	conn, err := net.Dial("unix", path)
+	require.NoError(t, err)
+	require.NoError(t, conn.Close())
 	require.NoError(t, again.Close())
 	require.NoFileExists(t, path)
 }
