@@ -226,9 +226,9 @@ func (s *Server) serveUpload(w http.ResponseWriter, r *http.Request) {
 	}
 	up := &upload{s: s, r: r, c: http.NewResponseController(w), quota: maxFormBytes, stall: readTimeout}
 	_, after, e, err := s.callMethod(r.Context(), httpPeer(r), &frame{method: "OTA.Update"},
-		&method{name: "OTA.Update", right: Install, handle: func(_ context.Context, req *Request) (any, error) {
+		&method{name: "OTA.Update", right: Install, handle: func(ctx context.Context, req *Request) (any, error) {
 			up.begun = true
-			up.err = up.install(req)
+			up.err = up.install(ctx, req)
 			return nil, up.err
 		}})
 	if up.begun {
@@ -274,11 +274,25 @@ type upload struct {
 	quota  int64 // bytes left for what is not the file
 	file   *multipart.Part
 	parts  *multipart.Reader
-	ctx    context.Context // of the update; set before it reads
+	ctx    context.Context // of the call, then of the update
+}
+
+// badForm says why the form cannot be read.
+func badForm(err error) *Error {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return errorf(400, "the form took too long")
+	}
+	return errorf(400, "malformed form")
+}
+
+// ends makes reading end with ctx: a Read that waits does not look at it.
+func (up *upload) ends(ctx context.Context) (stop func() bool) {
+	up.ctx = ctx
+	return context.AfterFunc(ctx, func() { _ = up.c.SetReadDeadline(time.Now()) })
 }
 
 // install installs the file of the form, and returns once that is over.
-func (up *upload) install(req *Request) error {
+func (up *upload) install(ctx context.Context, req *Request) error {
 	s := up.s
 	if s.o.Open == nil {
 		return errorf(400, "POST updates are disabled.")
@@ -286,6 +300,8 @@ func (up *upload) install(req *Request) error {
 	if st := s.d.Status(); st.Busy != "" { // before a byte is read
 		return failed(-1, "", ota.ErrBusy)
 	}
+	stop := up.ends(ctx)
+	defer stop()
 	up.r.Body = io.NopCloser(up.body(up.r.Body))
 	var err error
 	if up.parts, err = up.r.MultipartReader(); err != nil {
@@ -298,7 +314,7 @@ func (up *upload) install(req *Request) error {
 		case err == io.EOF:
 			return errorf(400, "no file in the form")
 		case err != nil:
-			return errorf(400, "malformed form")
+			return badForm(err)
 		case n == maxFields:
 			return errorf(400, "more than %d fields", maxFields)
 		case part.FileName() != "":
@@ -306,7 +322,10 @@ func (up *upload) install(req *Request) error {
 			continue
 		}
 		v, err := io.ReadAll(io.LimitReader(part, maxField+1))
-		if err != nil || len(v) > maxField {
+		if err != nil {
+			return badForm(err)
+		}
+		if len(v) > maxField {
 			return errorf(400, "%s: need at most %d bytes", ota.Quote(part.FormName()), maxField)
 		}
 		form[part.FormName()] = append(form[part.FormName()], string(v))
@@ -322,12 +341,10 @@ func (up *upload) install(req *Request) error {
 		return err
 	}
 	up.stall, up.armed = stall, time.Time{}
+	stop()
 	up.u.size.Store(max(0, up.r.ContentLength))
 	err = s.install(&up.u, o, rebootAnyway, func(ctx context.Context) (io.ReadCloser, error) {
-		up.ctx = ctx
-		// A Read that waits does not look at ctx.
-		stop := context.AfterFunc(ctx, func() { _ = up.c.SetReadDeadline(time.Now()) })
-		return &uploadFile{up, stop}, nil
+		return &uploadFile{upload: up, stop: up.ends(ctx)}, nil
 	})
 	if err != nil {
 		return &Error{Code: -1, Message: "-1 " + message(err), Reason: reasonOf(err)}
@@ -347,12 +364,16 @@ type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 
-// body bounds the reading of the request: each wait, and what is not the file.
+// body bounds the reading of the request: each wait for the file, and the time and
+// the size of the rest.
 func (up *upload) body(r io.Reader) io.Reader {
 	return readerFunc(func(b []byte) (int, error) {
-		if now := time.Now(); up.stall > 0 && now.Sub(up.armed) > time.Second && (up.ctx == nil || up.ctx.Err() == nil) {
+		if now := time.Now(); up.stall > 0 && (up.armed.IsZero() || up.inFile && now.Sub(up.armed) > time.Second) {
 			up.armed = now
 			_ = up.c.SetReadDeadline(now.Add(up.stall))
+			if up.ctx.Err() != nil { // perhaps just now, so that this has undone its end
+				_ = up.c.SetReadDeadline(now)
+			}
 		}
 		up.read = true
 		n, err := r.Read(b)
@@ -369,10 +390,14 @@ func (up *upload) body(r io.Reader) io.Reader {
 type uploadFile struct {
 	*upload
 	stop func() bool
+	end  error // what the end of the file was answered with
 }
 
 // Read implements io.Reader.
 func (f *uploadFile) Read(b []byte) (int, error) {
+	if f.end != nil {
+		return 0, f.end
+	}
 	n, err := f.file.Read(b)
 	f.u.taken.Add(int64(n))
 	switch {
@@ -384,11 +409,13 @@ func (f *uploadFile) Read(b []byte) (int, error) {
 		// What comes later would be too late.
 		f.inFile = false
 		if _, next := f.parts.NextRawPart(); next != io.EOF {
-			return n, errorf(resultFailed, "the file must be the last field of the form")
+			err = errorf(resultFailed, "the file must be the last field of the form")
+		} else {
+			// The rest may take long, and net/http watches the connection meanwhile.
+			f.upload.stall = 0
+			_ = f.c.SetReadDeadline(time.Time{})
 		}
-		// The rest may take long, and net/http watches the connection meanwhile.
-		f.upload.stall = 0
-		_ = f.c.SetReadDeadline(time.Time{})
+		f.end = err
 	}
 	return n, err
 }

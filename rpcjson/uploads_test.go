@@ -326,6 +326,71 @@ func TestUploadStalls(t *testing.T) {
 	}
 }
 
+// What comes before the file has a time limit, however slowly it comes, and ends
+// with the server.
+func TestUploadFormStalls(t *testing.T) {
+	const head = "POST /update HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000000\r\n\r\n"
+	for begin, long := range map[string]string{
+		"a head":  "--x\r\nContent-Disposition: form-data; name=",
+		"a value": "--x\r\nContent-Disposition: form-data; name=timeout\r\n\r\n",
+	} {
+		for _, c := range []struct {
+			close  bool
+			status int
+			want   string
+			took   time.Duration
+		}{
+			{false, 400, "the form took too long", readTimeout},
+			{true, 503, "the update was given up", 5 * time.Second},
+		} {
+			synctest.Test(t, func(t *testing.T) {
+				s := newTest(t, newFake(), nil)
+				n := servePipes(t, NewHTTPServer(s.UpdateHandler()))
+				start := time.Now()
+				conn := n.send(t, head+long)
+				over := make(chan struct{})
+				go func() {
+					defer close(over)
+					for {
+						if _, err := conn.Write([]byte("1")); err != nil {
+							return
+						}
+						time.Sleep(time.Second)
+					}
+				}()
+				if c.close {
+					time.Sleep(c.took)
+					require.NoError(t, s.Close())
+				}
+				status, body := readReply(t, conn, "POST")
+				require.Equal(t, c.status, status, begin)
+				require.Contains(t, body, c.want, begin)
+				// Then the client gets time to finish.
+				require.WithinDuration(t, start.Add(c.took), time.Now(), readTimeout+5*time.Second, begin)
+				require.NoError(t, conn.Close())
+				<-over
+				require.Empty(t, s.pending)
+			})
+		}
+	}
+}
+
+// The end of the file stays its end.
+func TestUploadReadOn(t *testing.T) {
+	d := newFake()
+	d.update = func(_ context.Context, r io.Reader) (ota.UpdateResult, error) {
+		for range 3 {
+			if _, err := io.Copy(io.Discard, r); err != nil {
+				return ota.UpdateResult{}, err
+			}
+		}
+		return ota.UpdateResult{}, nil
+	}
+	s := newTest(t, d, nil)
+	body, kind := form(t, "@file", "firmware")
+	require.Equal(t, "1 Update applied, rebooting\r\n", tryUpdate(s, "POST", "/update", kind, body, nil).Body.String())
+}
+
 // A browser gets its answer once it has sent everything, also if that was for
 // nothing.
 func TestUploadIsDrained(t *testing.T) {
