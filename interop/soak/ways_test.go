@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -13,10 +12,9 @@ import (
 	"time"
 
 	mqttserver "github.com/mochi-mqtt/server/v2"
-	"github.com/mochi-mqtt/server/v2/hooks/auth"
-	"github.com/mochi-mqtt/server/v2/listeners"
 	"github.com/stretchr/testify/require"
 
+	"github.com/slotota/ota/interop/mochi"
 	"github.com/slotota/ota/rpcjson"
 	"github.com/slotota/ota/rpcjson/mqtt"
 	"github.com/slotota/ota/rpcjson/serial"
@@ -107,12 +105,8 @@ func overWS(t *testing.T) way {
 }
 
 func overMQTT(t *testing.T) way {
-	broker := mqttserver.New(&mqttserver.Options{Logger: slog.New(slog.DiscardHandler)})
-	require.NoError(t, broker.AddHook(new(auth.AllowHook), nil))
-	l := listeners.NewTCP(listeners.Config{ID: "t", Address: "127.0.0.1:0"})
-	require.NoError(t, broker.AddListener(l))
-	require.NoError(t, broker.Serve())
-	url := "mqtt://" + l.Address()
+	broker, addr := mochi.Start(t, new(mqttserver.Options))
+	url := "mqtt://" + addr
 	return way{
 		serve: func(ctx context.Context, srv *rpcjson.Server) error {
 			return mqtt.Serve(ctx, srv, url, &mqtt.ServeOptions{MinDelay: time.Millisecond, MaxDelay: 50 * time.Millisecond})

@@ -25,8 +25,6 @@ import (
 	"time"
 
 	mqttserver "github.com/mochi-mqtt/server/v2"
-	"github.com/mochi-mqtt/server/v2/hooks/auth"
-	"github.com/mochi-mqtt/server/v2/listeners"
 	"github.com/mongoose-os/mos/cli/dev"
 	mosota "github.com/mongoose-os/mos/cli/ota"
 	"github.com/spf13/pflag"
@@ -37,6 +35,7 @@ import (
 	"github.com/slotota/ota/bundle"
 	"github.com/slotota/ota/fetch"
 	"github.com/slotota/ota/flash/memflash"
+	"github.com/slotota/ota/interop/mochi"
 	"github.com/slotota/ota/rpcjson"
 	"github.com/slotota/ota/rpcjson/mqtt"
 )
@@ -366,13 +365,9 @@ func (m *mosquitto) stop() {
 // startMochi starts the broker that is a Go library.
 func startMochi(t testing.TB) (*mqttserver.Server, string) {
 	t.Helper()
-	s := mqttserver.New(&mqttserver.Options{InlineClient: true, Logger: slog.New(slog.DiscardHandler)})
-	require.NoError(t, s.AddHook(new(auth.AllowHook), nil))
-	l := listeners.NewTCP(listeners.Config{ID: "t", Address: "127.0.0.1:0"})
-	require.NoError(t, s.AddListener(l))
-	require.NoError(t, s.Serve())
+	s, addr := mochi.Start(t, &mqttserver.Options{InlineClient: true})
 	t.Cleanup(func() { _ = s.Close() })
-	return s, l.Address()
+	return s, addr
 }
 
 // packet is an MQTT packet on its way.
