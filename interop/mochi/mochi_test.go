@@ -1,31 +1,44 @@
 package mochi
 
 import (
+	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	mqttserver "github.com/mochi-mqtt/server/v2"
 	"github.com/stretchr/testify/require"
 )
 
-// A broker can be closed while its clients leave.
+// A broker closes its clients and itself while others come and go, who write to
+// the table of clients.
 func TestClose(t *testing.T) {
-	for range 50 {
+	for range 20 {
 		s, addr := Start(t, new(mqttserver.Options))
-		var leave sync.WaitGroup
-		for i := range 20 {
-			c, err := net.Dial("tcp", addr)
-			require.NoError(t, err)
-			_, err = c.Write([]byte{0x10, 13, 0, 4, 'M', 'Q', 'T', 'T', 4, 2, 0, 60, 0, 1, 'a' + byte(i)}) // CONNECT
-			require.NoError(t, err)
-			var ack [4]byte
-			_, err = c.Read(ack[:])
-			require.NoError(t, err)
-			require.Equal(t, [4]byte{0x20, 2, 0, 0}, ack)
-			leave.Go(func() { c.Close() })
+		c, err := net.Dial("tcp", addr)
+		require.NoError(t, err)
+		_, err = c.Write([]byte{0x10, 13, 0, 4, 'M', 'Q', 'T', 'T', 4, 2, 0, 60, 0, 1, 'a'}) // CONNECT
+		require.NoError(t, err)
+		ack := make([]byte, 4)
+		_, err = io.ReadFull(c, ack)
+		require.NoError(t, err)
+		require.Equal(t, []byte{0x20, 2, 0, 0}, ack)
+
+		var over atomic.Bool
+		var others sync.WaitGroup
+		for range 4 {
+			others.Go(func() {
+				for !over.Load() {
+					s.Clients.Delete("another")
+				}
+			})
 		}
 		require.NoError(t, s.Close())
-		leave.Wait()
+		over.Store(true)
+		others.Wait()
+		_, err = io.Copy(io.Discard, c)
+		require.NoError(t, err, "closed")
+		require.NoError(t, c.Close())
 	}
 }
