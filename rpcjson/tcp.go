@@ -42,7 +42,7 @@ type ListenOptions struct {
 
 // ServeListener accepts connections and serves the frames on them (see
 // [Server.ServeStream]) until ctx ends or the server or l is closed, which it
-// returns the cause of. Where accepting fails else, it tries again, as that can
+// returns the cause of. If accepting fails otherwise, it tries again, as that can
 // pass. It closes l and all connections, and waits for them.
 //
 // The connections are neither encrypted nor authenticated, unless l is that of
@@ -160,7 +160,8 @@ func isRefused(err error) bool {
 
 // ListenUnix listens on a Unix socket that only its owner (and root) can connect
 // to, and that goes away with the listener. What a dead server has left behind is
-// replaced; the error wraps [ota.ErrBusy] if a server lives there.
+// replaced; the error wraps [ota.ErrBusy] if a server lives there. Where it cannot
+// be told whether one does, nothing is removed.
 func ListenUnix(ctx context.Context, path string) (net.Listener, error) {
 	if info, err := os.Lstat(path); err == nil && info.Mode()&fs.ModeSocket != 0 {
 		d := net.Dialer{Timeout: dialTimeout}

@@ -34,7 +34,8 @@ const (
 //
 // It is to be registered for /update and /update/. The form may have the fields
 // commit_timeout, timeout (in seconds) and ignore_same_version (0 or 1), before the
-// file, whose name does not matter. The file is not stored but installed as it
+// file, whose name does not matter. They have 20 seconds in all; the file has no
+// limit but for each wait, that of timeout. It is not stored but installed as it
 // comes; the answer is "1 Update applied, rebooting" or, with status 500, code and
 // text of the failure; 409 if another update is under way. With url, the parameters
 // are in the query or in a form without file, and the answer is (CODE) TEXT.
@@ -285,8 +286,8 @@ func badForm(err error) *Error {
 	return errorf(400, "malformed form")
 }
 
-// ends makes reading end with ctx: a Read that waits does not look at it.
-func (up *upload) ends(ctx context.Context) (stop func() bool) {
+// endReadWith makes reading end with ctx: a Read that waits does not look at it.
+func (up *upload) endReadWith(ctx context.Context) (stop func() bool) {
 	up.ctx = ctx
 	return context.AfterFunc(ctx, func() { _ = up.c.SetReadDeadline(time.Now()) })
 }
@@ -300,7 +301,7 @@ func (up *upload) install(ctx context.Context, req *Request) error {
 	if st := s.d.Status(); st.Busy != "" { // before a byte is read
 		return failed(-1, "", ota.ErrBusy)
 	}
-	stop := up.ends(ctx)
+	stop := up.endReadWith(ctx)
 	defer stop()
 	up.r.Body = io.NopCloser(up.body(up.r.Body))
 	var err error
@@ -344,7 +345,7 @@ func (up *upload) install(ctx context.Context, req *Request) error {
 	stop()
 	up.u.size.Store(max(0, up.r.ContentLength))
 	err = s.install(&up.u, o, rebootAnyway, func(ctx context.Context) (io.ReadCloser, error) {
-		return &uploadFile{upload: up, stop: up.ends(ctx)}, nil
+		return &uploadFile{upload: up, stop: up.endReadWith(ctx)}, nil
 	})
 	if err != nil {
 		return &Error{Code: -1, Message: "-1 " + message(err), Reason: reasonOf(err)}

@@ -70,7 +70,7 @@ func TestCoalescer(t *testing.T) {
 		begun := time.Now()
 		require.Error(t, c.release(ctx))
 		require.Equal(t, time.Minute, time.Since(begun))
-		// Nor does a write end that others wait for.
+		// hold waits for the write of another, but not past its context.
 		require.NoError(t, a.Close())
 		require.NoError(t, b.Close())
 		a, b = net.Pipe()
